@@ -1,0 +1,146 @@
+"""Every key of the program, its default and its meaning; the only home of a default.
+
+An experiment file calls `get_config()` of this file, edits what differs, and says in
+its header what it is for. `--config=FILE:smoke` shrinks any experiment to seconds.
+"""
+
+import ml_collections
+from ml_collections import ConfigDict
+
+
+def get_config() -> ConfigDict:
+    """Returns the complete configuration with its defaults."""
+    c = ConfigDict()
+    c.name = "base"  # shown in the report
+    c.seed = 0  # every random number is a function of it
+
+    c.model = ConfigDict()
+    c.model.name = "emoji"  # the pipeline: "emoji"
+    c.model.init = "assets"  # "assets" (shipped weights), "random", or a path of an
+    # .npz written by --mode=export or by a run of emoji_pretrain
+    c.model.width = 192  # channels of the transformer
+    c.model.depth = 6  # blocks
+    c.model.heads = 6  # attention heads
+    c.model.patch = 4  # pixels a token is wide
+    c.model.image_size = 32  # pixels
+    c.model.dtype = "float32"  # of the network; states, log-probs and losses are float32
+    c.model.attention = "xla"  # attention implementation
+    c.model.remat = "none"  # "none" | "full": recompute block activations
+
+    c.lora = ConfigDict()
+    c.lora.rank = 0  # 0: all weights are trained
+    c.lora.alpha = 0.0  # 0: alpha = rank (scale 1)
+
+    c.data = ConfigDict()
+    c.data.source = "emoji"  # "emoji" (shipped), "samples" (data.path written by
+    # --mode=sample) or "none" (only where data_term.weight is 0)
+    c.data.path = ""  # folder of a TFDS data set for "samples"
+    c.data.min_scale = 0.5  # emoji: smallest size as a share of the picture
+    c.data.max_scale = 1.0  # emoji: largest
+    c.data.rotation = 15.0  # emoji: degrees either way
+
+    c.prompts = ConfigDict()
+    c.prompts.source = "data"  # "data" (captions of the data), "file" or "list"
+    c.prompts.path = ""  # text file, one prompt a line, for "file"
+    c.prompts.list = ()  # the prompts themselves, for "list"
+    c.prompts.limit = 0  # keep a seeded choice of so many; 0 keeps all
+    c.prompts.per_epoch = 8  # prompts drawn each epoch
+    c.prompts.group_size = 8  # samples of each
+
+    c.sampler = ConfigDict()
+    c.sampler.kernel = "flow_grpo"  # ddim | flow_grpo | dance | cps | edm
+    c.sampler.steps = 10
+    c.sampler.noise_level = 0.7  # flow_grpo and cps
+    c.sampler.eta = 1.0  # ddim and dance
+    c.sampler.churn = 1.0  # edm: S_churn
+    c.sampler.sigma_max = 80.0  # edm
+    c.sampler.sigma_min = 0.01  # edm
+    c.sampler.shift = 1.0  # flow: time shift of the grid
+    c.sampler.last_step = "deterministic"  # "stochastic" | "deterministic" (flow kernels)
+    c.sampler.guidance_scale = 1.0  # 1: no guidance, the same in rollout and training
+
+    c.rewards = ConfigDict()
+    c.rewards.weights = ConfigDict({"compressibility": 1.0})  # name -> weight
+    c.rewards.heldout = ("retrieval",)  # judged at evaluation, never trained on
+    c.rewards.jpeg_upscale = 4  # nearest upscaling before JPEG (1 for real pictures)
+    c.rewards.threads = 2
+    c.rewards.timeout = 120.0  # seconds a batch may take
+    c.rewards.on_failure = "error"  # "error" | "mask" (the sample leaves its group)
+
+    c.advantages = ConfigDict()
+    c.advantages.kind = "group"  # "group" | "tracker" (running, per prompt) | "batch"
+    c.advantages.std = "group"  # group: divide by "group" or "global" std or "none"
+    c.advantages.epsilon = 1e-4  # added to the std
+    c.advantages.clip = 5.0  # |advantage| at most; 0: no clip
+    c.advantages.tracker_size = 16  # rewards kept a prompt
+    c.advantages.tracker_min = 16  # below this many the batch statistics are used
+
+    c.policy = ConfigDict()
+    c.policy.weight = 1.0  # 0: no rollout, no policy term (pre-training)
+    c.policy.term = "clipped"  # "clipped" | "reinforce"
+    c.policy.clip_range = 1e-4
+    c.policy.log_prob = "gaussian"  # "gaussian" | "squared_error" (no 1 / (2 std^2))
+    c.policy.reduction = "mean"  # over the latent axes: "mean" | "sum"
+    c.policy.transform = "linear"  # "linear" | "neg_exp" | "neg_exp_centered"
+    c.policy.beta = 1.0  # advantages are divided by it (DDRL's temperature)
+    c.policy.old_log_prob = "rollout"  # "rollout" | "recompute" | "exact"
+    c.policy.kl_weight = 0.0  # step KL to the starting policy
+    c.policy.train_on = ()  # step indices trained; () means draw train_steps of them
+    c.policy.train_steps = 3  # steps drawn each epoch when train_on is (); 0: all noisy
+    c.policy.per_sample_steps = False  # draw the steps for each sample on its own (DDPO)
+    c.policy.ratio_tolerance = 0.0  # largest |ratio - 1| before an epoch's first update
+
+    c.data_term = ConfigDict()
+    c.data_term.weight = 0.0  # 0: no data loss
+    c.data_term.weighting = "velocity"  # "velocity" | "edm" | "eps"
+    c.data_term.levels = "own"  # "own" draw | "rollout" (levels and noise of the rollout)
+    c.data_term.every_step = False  # at every trained step, or once a sample
+    c.data_term.time = "uniform"  # own draw: "uniform" | "logit_normal"
+    c.data_term.text_dropout = 0.1
+
+    c.train = ConfigDict()
+    c.train.epochs = 30
+    c.train.minibatches = 2  # optimizer steps a pass over the epoch's samples
+    c.train.microbatch = 16  # samples a network call; also the chunk of the rollout
+    c.train.inner_epochs = 1  # passes over the epoch's samples
+    c.train.nan_limit = 3  # consecutive updates with non-finite gradients before stopping
+
+    c.optimizer = ConfigDict()
+    c.optimizer.name = "adamw"  # "adamw" | "muon"
+    c.optimizer.lr = 1e-4
+    c.optimizer.warmup = 0  # optimizer steps
+    c.optimizer.schedule = "constant"  # "constant" | "cosine" (to 0 at the last step)
+    c.optimizer.b1 = 0.9
+    c.optimizer.b2 = 0.999
+    c.optimizer.eps = 1e-8
+    c.optimizer.weight_decay = 0.0
+    c.optimizer.grad_clip = 1.0  # global norm; 0: none
+    c.optimizer.ema_decay = 0.9  # 0: no average, evaluation uses the weights themselves
+
+    c.evaluate = ConfigDict()
+    c.evaluate.every = 5  # epochs; 0: only at the end
+    c.evaluate.samples = 64  # one a prompt, prompts repeated in order
+    c.evaluate.steps = 10  # deterministic ODE steps
+    c.evaluate.solver = "euler"  # "euler" | "heun"
+    c.evaluate.guidance_scale = 1.0
+    c.evaluate.data_samples = 64  # held-out data loss
+    c.evaluate.pictures = 16  # of them in the grid
+
+    c.checkpoint = ConfigDict()
+    c.checkpoint.every = 5  # epochs
+    c.checkpoint.keep = 2
+    c.checkpoint.resume = "latest"  # "latest" | "last_good" (skip a damaged one)
+
+    c.sample = ConfigDict()  # --mode=sample
+    c.sample.per_prompt = 8
+    c.sample.guidance_scale = 2.0
+    c.sample.steps = 20
+    c.sample.output = ""  # folder of the data set; "" means WORKDIR/dataset
+
+    c.mesh = ConfigDict({"data": -1, "fsdp": 1, "tensor": 1, "context": 1})
+
+    c.log = ConfigDict()
+    c.log.tensorboard = True
+    c.log.wandb = False
+    c.log.progress = True
+    return ml_collections.ConfigDict(c)

@@ -1,0 +1,1 @@
+"""The embedded default: emoji data, the base policy and the held-out judge."""

@@ -1,0 +1,1 @@
+"""Noise schedules, step kernels and solvers: one formula, one function."""

@@ -1,0 +1,148 @@
+"""The values that cross modules, and the one legend of axis letters.
+
+Axes: `b` samples, `g` prompt groups, `t` denoising steps kept for training, `n` steps
+of the sampler, `h w c` pixels, `l d` text tokens and their width, `*x` latent axes.
+Time runs from noise to data: `t` is the current and `s` the next noise level.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int, Key, UInt8
+
+Params = Any  # a nested dict of arrays with string keys
+Metrics = dict[str, Float[Array, ""]]
+
+
+class Cond(NamedTuple):
+    """What the network is told of a prompt; every leaf has a leading batch axis.
+
+    `emb` holds text states [b l d], or token ids [b l] where the network owns the
+    embedding; `pooled` holds one vector a prompt, or None.
+    """
+
+    emb: Array
+    pooled: Array | None = None
+
+
+class GaussianLike(Protocol):
+    """The distribution of the next state: `mean` [b *x] and `std` [b]."""
+
+    mean: Array
+    std: Array
+
+    def log_prob(self, x: Array, reduction: str = "mean") -> Float[Array, " b"]: ...
+
+
+class Memory(NamedTuple):
+    """What a multistep kernel keeps of the step before: x0 [b *x] and its level [b]."""
+
+    x0: Array
+    level: Array
+
+
+class Kernel(NamedTuple):
+    """One sampler: its grid, its transition and what the network sees of a state.
+
+    Attributes:
+      levels: [n 2] float64, the (current, next) noise level of each step, in the
+        kernel's own units (sigma of the flow, alpha_bar of DDIM, EDM sigma).
+      init_scale: the initial state is this times N(0, I).
+      to_network: (x [b *x], t [b]) -> (z [b *x], time [b]), the state and time in the
+        coordinates of the network (rectified flow: z = (1 - time) x0 + time eps).
+      step: (x, prediction, t, s, memory) -> Gaussian of the next state.
+      remember: (x, prediction, t) -> Memory for the next step; None for a one-step
+        kernel, whose memory is None too.
+      stochastic: [n] bool, False where the transition has no noise: such a step can
+        not be trained on.
+    """
+
+    levels: np.ndarray
+    init_scale: float
+    to_network: Callable[..., tuple[Array, Array]]
+    step: Callable[..., GaussianLike]
+    remember: Callable[..., Memory] | None
+    stochastic: np.ndarray
+
+
+class Trajectory(NamedTuple):
+    """The trained transitions of a rollout, float32, on device, sharded over `b`.
+
+    `index` is the step of the sampler, `time` its (t, s) levels; `memory` is None for
+    one-step kernels.
+    """
+
+    x_t: Float[Array, "t b *x"]
+    x_s: Float[Array, "t b *x"]
+    log_prob: Float[Array, "t b"]
+    time: Float[Array, "t b 2"]
+    index: Int[Array, "t b"]
+    memory: Memory | None
+
+
+class Prompts(NamedTuple):
+    """The prompts of one epoch on the host: text, index in the prompt list, group."""
+
+    text: tuple[str, ...]
+    index: np.ndarray  # [b] int32, position of the prompt in the prompt list
+    group: np.ndarray  # [b] int32, 0..g-1, samples of one group share a prompt
+
+
+class Scores(NamedTuple):
+    """Rewards of a batch: values [b] float32 a name, and which of them are valid."""
+
+    values: dict[str, np.ndarray]
+    valid: np.ndarray  # [b] bool
+
+
+class Reward(Protocol):
+    """A judge: uint8 images [b h w c] and their prompts -> one score an image."""
+
+    def __call__(
+        self, images: UInt8[np.ndarray, "b h w c"], prompts: Sequence[str]
+    ) -> Float[np.ndarray, " b"]: ...
+
+
+class DataSource(NamedTuple):
+    """Captioned training data, already on device or loaded by record.
+
+    Attributes:
+      captions: the caption of each record.
+      latents: (records [b] int32, keys [b]) -> [b *x] float32; the key draws the
+        augmentation, so the same record and key give the same picture anywhere.
+    """
+
+    captions: tuple[str, ...]
+    latents: Callable[[Int[Array, " b"], Key[Array, " b"]], Float[Array, "b *x"]]
+
+
+class Pipeline(NamedTuple):
+    """A model as the rest of the program sees it: four callables and a tree.
+
+    Attributes:
+      encode: prompts -> Cond. Raises ValueError for a prompt it can not read.
+      uncond: Cond with batch 1, the empty prompt.
+      init: key -> {"params": tree, "lora": tree or None}.
+      denoise: (params, lora, z [b *x], time [b], cond) -> prediction [b *x] float32.
+      decode: x0 [b *x] -> uint8 [b h w c].
+      axes: the trees of init with a tuple of logical axis names as each leaf.
+      latent_shape: the shape *x of one latent.
+      prediction: what denoise returns: "velocity", "eps", "v" or "x0".
+      load: () -> params of the starting checkpoint, or None for a random start.
+      fingerprint: names the weights of the starting checkpoint.
+    """
+
+    encode: Callable[[Sequence[str]], Cond]
+    uncond: Cond
+    init: Callable[[Array], dict[str, Params]]
+    denoise: Callable[..., Array]
+    decode: Callable[[Array], UInt8[Array, "b h w c"]]
+    axes: dict[str, Any]
+    latent_shape: tuple[int, ...]
+    prediction: str
+    load: Callable[[], Params | None]
+    fingerprint: str
+
+
+Mask = Bool[Array, " b"]

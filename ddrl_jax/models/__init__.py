@@ -1,0 +1,1 @@
+"""Networks in Flax Linen behind the Pipeline of interfaces.py."""

@@ -1,0 +1,1 @@
+"""Advantages, policy terms and the data term, as pure functions."""

@@ -1,0 +1,1 @@
+"""Judges of images: trained rewards and held-out ones."""
