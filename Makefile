@@ -1,0 +1,66 @@
+# Each target does its own set-up in .venv, works a second time, and needs no network
+# once the set-up has run. `make PYTHON=python3.12 test` chooses the interpreter;
+# `make EXTRAS=test,gpu demo` adds extras of setup.py.
+
+PYTHON ?= python3
+EXTRAS ?= test
+WORKERS ?= 2
+VENV := .venv
+BIN := $(VENV)/bin
+comma := ,
+STAMP := $(VENV)/.installed-$(subst $(comma),-,$(EXTRAS))
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test test-fast lint format bench clean
+.DELETE_ON_ERROR:
+
+help:
+	@echo "make demo       DDRL on the emoji model: at most ten minutes on two cores"
+	@echo "make test       lint, types and every test"
+	@echo "make test-fast  the same without the tests marked slow"
+	@echo "make lint       ruff and pyright only"
+	@echo "make format     let ruff rewrite the files"
+	@echo "make bench      the measurements of benchmarks/, one table each"
+	@echo "make clean      remove caches and build folders (keeps .venv and runs/)"
+
+# The stamp is written last: an interrupted installation starts again.
+$(STAMP): setup.py
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "got:     $$($(PYTHON) --version 2>&1)"; \
+	  echo "wanted:  Python 3.11 or later"; \
+	  echo "way out: make PYTHON=/path/to/python3.11 $(MAKECMDGOALS)"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --disable-pip-version-check -q -e ".[$(EXTRAS)]"
+	@touch $@
+
+setup: $(STAMP)
+
+demo: $(STAMP)
+	$(BIN)/python -m ddrl_jax.main \
+	  --config=configs/quickstart.py --workdir=runs/quickstart
+
+# pyright-python asks the registry for a newer release unless it is told not to.
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	PYRIGHT_PYTHON_IGNORE_WARNINGS=1 $(BIN)/pyright
+
+format: $(STAMP)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+# One file is one worker's: tests of a file share what they compile.
+test: lint
+	$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile
+
+test-fast: lint
+	$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile -m "not slow"
+
+bench: $(STAMP)
+	@for script in benchmarks/*.py; do \
+	  echo "== $$script"; $(BIN)/python "$$script" || exit 1; done
+
+clean:
+	rm -rf build dist *.egg-info .jax_cache .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -not -path './$(VENV)/*' -prune \
+	  -exec rm -rf {} +

@@ -1,0 +1,59 @@
+"""What every test may rely on: the CPU, eight devices, no network, no trace in HOME.
+
+Nothing of ddrl_jax is imported here: pytest has not yet installed the hook that checks
+the shapes in its signatures.
+"""
+
+import os
+import pathlib
+import socket
+
+CACHE = pathlib.Path(__file__).resolve().parents[1] / ".jax_cache"
+ENVIRONMENT = {
+    "JAX_PLATFORMS": "cpu",
+    # Compiled programs are kept between runs and shared with the programs tests start.
+    "JAX_COMPILATION_CACHE_DIR": str(CACHE / "xla"),
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.3",
+    # The workers of pytest-xdist are the parallelism.
+    "XLA_FLAGS": "--xla_cpu_multi_thread_eigen=false",
+    "MPLBACKEND": "Agg",
+    "MPLCONFIGDIR": str(CACHE / "matplotlib"),
+    "XDG_CACHE_HOME": str(CACHE / "xdg"),
+    "TFDS_DATA_DIR": str(CACHE / "tfds"),
+    "HF_HOME": str(CACHE / "hub"),
+    "HF_HUB_OFFLINE": "1",
+}
+for _name, _value in ENVIRONMENT.items():
+    os.environ.setdefault(_name, _value)
+
+import jax  # noqa: E402
+import pytest  # noqa: E402
+
+# A setting of this process and not a flag in the environment: a program that a test
+# starts is to see one device, as on a laptop.
+jax.config.update("jax_num_cpu_devices", 8)
+
+STRICT = {"diffusion", "objectives"}  # folders of tests/ held to exact ranks and types
+_connect = socket.socket.connect
+
+
+def _connect_within_this_machine(self: socket.socket, address) -> None:
+    inet = self.family in (socket.AF_INET, socket.AF_INET6)
+    if inet and address[0] not in ("localhost", "127.0.0.1", "::1"):
+        raise AssertionError(f"a test tried to reach {address}: nothing is downloaded")
+    return _connect(self, address)
+
+
+@pytest.fixture(autouse=True)
+def no_network(monkeypatch):
+    monkeypatch.setattr(socket.socket, "connect", _connect_within_this_machine)
+
+
+@pytest.fixture(autouse=True)
+def exact_ranks_and_types(request):
+    """Formulas may not lean on broadcasting or promotion that nobody wrote down."""
+    if not STRICT & set(request.path.parts):
+        yield
+        return
+    with jax.numpy_rank_promotion("raise"), jax.numpy_dtype_promotion("strict"):
+        yield
