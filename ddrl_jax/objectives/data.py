@@ -1,0 +1,146 @@
+"""The data term: the denoising loss, and the weights that turn it into RWR."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
+from jaxtyping import Array, Float
+
+from ddrl_jax.errors import UserError
+
+WEIGHTINGS = ("velocity", "edm", "eps")
+
+# q (n - 1) of a decimal fraction lands a rounding error beside its integer; ranks are
+# meant to this many decimals, which is exact for any set below 10 million samples.
+RANK_DECIMALS = 8
+
+
+def denoising_loss(
+    prediction: Float[Array, "b *x"],
+    x0: Float[Array, "b *x"],
+    eps: Float[Array, "b *x"],
+    time: Float[Array, " b"],
+    weighting: str,
+) -> Float[Array, " b"]:
+    """Diffusion loss of a velocity prediction; DDRL's forward KL up to a constant.
+
+    At z = (1 - t) x0 + t eps the target is v* = eps - x0 (rectified flow), and with
+    D = mean_x (v - v*)^2 the three losses are
+      velocity: D;
+      eps:      mean_x (eps_hat - eps)^2 = (1 - t)^2 D;
+      edm:      mean_x (sigma^2 + 1) / sigma^2 (x0_hat - x0)^2, sigma = t / (1 - t),
+                which is ((1 - t)^2 + t^2) D (arXiv 2206.00364, sigma_data = 1).
+    Only the forms with D are computed: they are finite at t = 0 and at t = 1.
+
+    Args:
+      prediction: the velocity the network returned for (z, time).
+      x0: clean data.
+      eps: the unit Gaussian noise in z.
+      time: t in [0, 1], 1 is pure noise.
+      weighting: one of `WEIGHTINGS`.
+
+    Returns:
+      One loss a sample, a mean over the latent axes, float32.
+
+    Raises:
+      UserError: unknown `weighting`.
+    """
+    target = eps.astype(jnp.float32) - x0.astype(jnp.float32)
+    square = jnp.square(prediction.astype(jnp.float32) - target)
+    error = jnp.mean(square, axis=tuple(range(1, square.ndim)))
+    t = time.astype(jnp.float32)
+    if weighting == "velocity":
+        return error
+    if weighting == "edm":
+        return (jnp.square(1.0 - t) + jnp.square(t)) * error
+    if weighting == "eps":
+        return jnp.square(1.0 - t) * error
+    raise UserError(
+        "unknown weighting of the data loss",
+        got=repr(weighting),
+        wanted="one of " + ", ".join(WEIGHTINGS),
+        way_out="set data_term.weighting",
+    )
+
+
+def rwr_weights(
+    rewards: Float[Array | np.ndarray, "*g b"], inverse_temperature: float | int
+) -> Float[Array, "*g b"]:
+    """Reward-weighted regression (arXiv 2305.13301, sec. 4.2): w = b softmax(beta r).
+
+    Args:
+      rewards: any unit; the softmax runs over the last axis, so [b] weighs the whole
+        set and [g b] each prompt on its own.
+      inverse_temperature: beta in 1 / unit of the reward, >= 0; 0 keeps all alike.
+
+    Returns:
+      Weights >= 0 with mean 1, float32.
+
+    Raises:
+      UserError: negative or non-finite beta; non-finite rewards (under `jit`, where
+        values can not be read, they turn every weight of their set into NaN).
+    """
+    if not (math.isfinite(inverse_temperature) and inverse_temperature >= 0):
+        raise UserError(
+            "the inverse temperature multiplies the rewards",
+            got=inverse_temperature,
+            wanted="a finite number >= 0",
+            way_out="the DDPO paper uses 0.2",
+        )
+    rewards = _finite(rewards)
+    weights = jax.nn.softmax(inverse_temperature * rewards, axis=-1)
+    return weights * rewards.shape[-1]
+
+
+def sparse_rwr_weights(
+    rewards: Float[Array | np.ndarray, "*g b"], percentile: float | int
+) -> Float[Array, "*g b"]:
+    """Sparse RWR (arXiv 2305.13301, sec. 4.2): w = 1[r >= C] / mean 1[r >= C].
+
+    C is the percentile of the set by linear interpolation. The smallest reward that is
+    >= C is an element of the set, and comparing with that one keeps the same samples
+    without the rounding of the interpolation, which could drop a whole set of ties.
+
+    Args:
+      rewards: any unit; the set is the last axis.
+      percentile: a fraction below 1 (0.9, the paper's table) or a percentage above 1
+        (90); exactly 1 could be either and is refused.
+
+    Returns:
+      Weights 0 or b / kept, mean 1, float32; at least the best sample is kept.
+
+    Raises:
+      UserError: percentile outside [0, 1) and (1, 100]; non-finite rewards (under
+        `jit` they turn every weight of their set into NaN).
+    """
+    if not (0.0 <= percentile < 1.0 or 1.0 < percentile <= 100.0):
+        raise UserError(
+            "the percentile of sparse RWR is out of range",
+            got=percentile,
+            wanted="a fraction in [0, 1) or a percentage in (1, 100]",
+            way_out="the DDPO paper uses 0.9, the share that is dropped",
+        )
+    rewards = _finite(rewards)
+    fraction = percentile if percentile < 1.0 else percentile / 100.0
+    rank = math.ceil(round(fraction * (rewards.shape[-1] - 1), RANK_DECIMALS))
+    threshold = jnp.sort(rewards, axis=-1)[..., rank : rank + 1]
+    kept = jnp.where(jnp.isnan(rewards).any(-1, keepdims=True), jnp.nan, 1.0)
+    kept = kept * (rewards >= threshold)
+    return kept / jnp.mean(kept, axis=-1, keepdims=True)
+
+
+def _finite(rewards: Array | np.ndarray) -> Array:
+    """Float32 rewards; refuses NaN and inf where the values can be read."""
+    values = jnp.asarray(rewards, jnp.float32)
+    if not isinstance(values, Tracer):
+        bad = int(np.sum(~np.isfinite(np.asarray(values))))
+        if bad:
+            raise UserError(
+                "rewards of RWR must be numbers",
+                got=f"{bad} of {values.size} are NaN or infinite",
+                wanted="finite rewards",
+                way_out="leave failed samples out before weighting",
+            )
+    return values
