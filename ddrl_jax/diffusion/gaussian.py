@@ -1,0 +1,117 @@
+"""The distribution of the next state, and every density the objectives read from it.
+
+A step kernel returns a `Gaussian`; sampling, log-probability and KL are written once,
+here. How a density is reduced over the latent axes is decided here too, because every
+clip range depends on it: "mean" is the convention of DDPO and its successors.
+"""
+
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike
+from jaxtyping import Array, Float, Key, Real, UInt32
+
+# A noise level or coefficient: one for all samples, or one a sample.
+Level = Real[ArrayLike, ""] | Real[ArrayLike, " b"]
+# One key for the whole batch, or one a sample; typed or raw.
+Keys = Key[Array, ""] | Key[Array, " b"] | UInt32[Array, " 2"] | UInt32[Array, "b 2"]
+
+HALF_LOG_2PI = 0.5 * math.log(2.0 * math.pi)
+
+
+def per_sample(value: Level, x: Float[Array, "b *x"]) -> Array:
+    """Shapes a scalar or [b] coefficient so that it multiplies `x` [b *x]."""
+    value = jnp.asarray(value, jnp.float32)
+    if value.ndim == 0:
+        return value
+    return value.reshape(value.shape + (1,) * (x.ndim - 1))
+
+
+def reduce_latent(values: Float[Array, "b *x"], reduction: str) -> Float[Array, " b"]:
+    """The mean or the sum over the latent axes.
+
+    Raises:
+      ValueError: if `reduction` is neither "mean" nor "sum".
+    """
+    axes = tuple(range(1, values.ndim))
+    if reduction == "mean":
+        return jnp.mean(values, axis=axes)
+    if reduction == "sum":
+        return jnp.sum(values, axis=axes)
+    raise ValueError(
+        f"unknown reduction: got {reduction!r}, wanted 'mean' or 'sum'; "
+        "set policy.reduction to one of them"
+    )
+
+
+class Gaussian(NamedTuple):
+    """N(mean, std^2 I): one independent Gaussian a latent element.
+
+    Attributes:
+      mean: [b *x] float32.
+      std: [b] or scalar float32. Exactly 0 where the transition is deterministic;
+        such a transition can be sampled, but it has no density.
+    """
+
+    mean: Array
+    std: Array
+
+    def sample(self, key: Keys) -> Float[Array, "b *x"]:
+        """mean + std * noise.
+
+        Args:
+          key: one key for the batch, or keys [b], each of which draws the noise of its
+            own sample whatever the batch around it.
+
+        Returns:
+          The next state, float32.
+        """
+        if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+            key = jax.random.wrap_key_data(key)
+        shape = self.mean.shape if key.ndim == 0 else self.mean.shape[1:]
+        draw = lambda k: jax.random.normal(k, shape, jnp.float32)  # noqa: E731
+        noise = draw(key) if key.ndim == 0 else jax.vmap(draw)(key)
+        return self.mean + per_sample(self.std, self.mean) * noise
+
+    def log_prob(
+        self, x: Float[Array, "b *x"], reduction: str = "mean"
+    ) -> Float[Array, " b"]:
+        """log N(x; mean, std^2), reduced over the latent axes, in float32.
+
+        -(x - mean)^2 / (2 std^2) - log std - log(2 pi) / 2 an element. Gradients flow
+        into mean, std and x alike. Not finite where std is 0: a deterministic
+        transition has no density, and no number is made up for it.
+        """
+        mean = jnp.asarray(self.mean, jnp.float32)
+        std = jnp.asarray(self.std, jnp.float32)
+        z = (jnp.asarray(x, jnp.float32) - mean) / per_sample(std, mean)
+        count = 1 if reduction == "mean" else math.prod(mean.shape[1:])
+        return reduce_latent(-0.5 * z * z, reduction) - count * (
+            jnp.log(std) + HALF_LOG_2PI
+        )
+
+    def kl(self, other: "Gaussian", reduction: str = "mean") -> Float[Array, " b"]:
+        """KL(self || other), reduced over the latent axes; exactly 0 for equal ones.
+
+        ((s1/s2)^2 - 1 + ((m1 - m2)/s2)^2) / 2 - log(s1/s2) an element.
+        """
+        spread = jnp.asarray(self.std, jnp.float32) / other.std
+        shift = (self.mean - other.mean) / per_sample(other.std, self.mean)
+        count = 1 if reduction == "mean" else math.prod(self.mean.shape[1:])
+        constant = 0.5 * (spread * spread - 1.0) - jnp.log(spread)
+        return reduce_latent(0.5 * shift * shift, reduction) + count * constant
+
+
+def squared_error_log_prob(
+    gaussian: Gaussian, x: Float[Array, "b *x"], reduction: str = "mean"
+) -> Float[Array, " b"]:
+    """-(x - mean)^2 reduced: what the DDRL release and Flow-CPS use as a log-prob.
+
+    The factor 1 / (2 std^2) of the density is left out (and its constants), so the
+    gradient of a step is that of the density times 2 std^2: steps of high noise
+    dominate, and a clip range for it is on a scale of its own.
+    """
+    error = jnp.asarray(x, jnp.float32) - jnp.asarray(gaussian.mean, jnp.float32)
+    return -reduce_latent(error * error, reduction)
