@@ -106,7 +106,6 @@ def get_config() -> ConfigDict:
     c.train.nan_limit = 3  # consecutive updates with non-finite gradients before stopping
 
     c.optimizer = ConfigDict()
-    c.optimizer.name = "adamw"  # "adamw" | "muon"
     c.optimizer.lr = 1e-4
     c.optimizer.warmup = 0  # optimizer steps
     c.optimizer.schedule = "constant"  # "constant" | "cosine" (to 0 at the last step)

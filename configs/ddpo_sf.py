@@ -1,0 +1,30 @@
+"""DDPO-SF on the emoji model: the plain score-function gradient, no anchor.
+
+    python -m ddrl_jax.main --config=configs/ddpo_sf.py --workdir=runs/ddpo_sf
+
+arXiv 2305.13301, table D.5, scaled down: DDIM with eta 1, every step trained, rewards
+normalised by a running tracker of each prompt, guidance in sampling and in training,
+AdamW with weight decay 1e-4, and exactly one update for each collection of samples.
+Differs from the paper: 64 samples and 20 steps (256 and 50), guidance 2 (5 suits Stable
+Diffusion), lr 1e-4 (1e-5 for a network 200 times as large).
+"""
+
+from ml_collections import ConfigDict
+
+from configs import base
+from configs.smoke import shrink
+
+
+def get_config(variant: str = "") -> ConfigDict:
+    c = base.get_config()
+    c.name = "ddpo_sf"
+    c.sampler.update(kernel="ddim", eta=1.0, steps=20, guidance_scale=2.0)
+    c.evaluate.guidance_scale = 2.0
+    c.advantages.update(kind="tracker", epsilon=1e-6, clip=5.0)
+    c.advantages.update(tracker_size=16, tracker_min=16)
+    c.prompts.limit = 64  # so that a tracker fills within the run
+    c.policy.term = "reinforce"
+    c.policy.train_steps = 0
+    c.train.minibatches = 1
+    c.optimizer.weight_decay = 1e-4
+    return shrink(c, variant)

@@ -1,0 +1,32 @@
+"""DDRL on the emoji model as its released code runs it (cosmos_compat).
+
+    python -m ddrl_jax.main --config=configs/ddrl_cosmos.py --workdir=runs/ddrl_cosmos
+
+The row of the Cosmos-Predict2.5 configurations: churned second-order Adams-Bashforth
+sampler of 20 steps from sigma 200 to 0.01, every second step trained, no guidance,
+ratios of squared errors without 1 / (2 std^2), linear advantages, the data term at the
+noise levels and noise of the rollout with the EDM weight 0.01 and text dropout 0.2, one
+update for each rollout, AdamW (0.9, 0.99) with weight decay 1e-4 after a warm-up.
+data_term.weight and clip_range belong to this scale of the log-probs. Differs from the
+release: lr 1e-4 and five warm-up updates (1e-5 and 50 for two billion weights), and an
+average of the weights with a fixed decay.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import base
+from configs.smoke import shrink
+
+
+def get_config(variant: str = "") -> ConfigDict:
+    c = base.get_config()
+    c.name = "ddrl_cosmos"
+    c.sampler.update(kernel="edm", steps=20, churn=1.0, sigma_max=200.0, sigma_min=0.01)
+    c.advantages.update(kind="group", std="group", epsilon=1e-4, clip=5.0)
+    c.policy.update(log_prob="squared_error", reduction="mean", transform="linear")
+    c.policy.update(clip_range=1e-4, train_on=tuple(range(0, 20, 2)))
+    c.data_term.update(weight=0.01, weighting="edm", text_dropout=0.2)
+    c.data_term.update(levels="rollout", every_step=True)
+    c.train.minibatches = 1
+    c.optimizer.update(b1=0.9, b2=0.99, eps=1e-8, weight_decay=1e-4, warmup=5)
+    return shrink(c, variant)

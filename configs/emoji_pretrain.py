@@ -1,0 +1,31 @@
+"""The base policy of the emoji model: flow matching on the emoji, no rollouts.
+
+    python -m ddrl_jax.main --config=configs/emoji_pretrain.py --workdir=runs/pretrain
+    python -m ddrl_jax.main --config=configs/emoji_pretrain.py --workdir=runs/pretrain \
+        --mode=export
+
+The same loop as every other row, with policy.weight 0. An epoch is 100 batches of 32
+emoji, each drawn anew at a random size, place and angle; the caption is left out of one
+in ten, so that guidance can be used. The averaged weights are what is exported.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import base
+from configs.smoke import shrink
+
+
+def get_config(variant: str = "") -> ConfigDict:
+    c = base.get_config()
+    c.name = "emoji_pretrain"
+    c.model.init = "random"
+    c.policy.weight = 0.0
+    c.rewards.weights = ConfigDict()
+    c.data_term.weight = 1.0
+    c.data_term.time = "logit_normal"
+    c.prompts.update(per_epoch=3200, group_size=1)
+    c.train.update(epochs=85, minibatches=100, microbatch=32)
+    c.optimizer.update(lr=2e-3, b2=0.99, warmup=100, schedule="cosine", ema_decay=0.999)
+    c.evaluate.update(every=20, steps=20, guidance_scale=2.0)
+    c.checkpoint.every = 5
+    return shrink(c, variant)

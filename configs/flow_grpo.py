@@ -1,0 +1,24 @@
+"""Flow-GRPO on the emoji model: group advantages and a KL to the starting policy.
+
+    python -m ddrl_jax.main --config=configs/flow_grpo.py --workdir=runs/flow_grpo
+
+arXiv 2505.05470, scaled down: the rectified flow as an SDE with noise level 0.7 and ten
+steps, ratios clipped, and the step KL to the starting policy. kl_weight is in units of
+the exact KL of a step; the released code leaves out the |dt| of the variance, so that
+its 0.04 is 0.004 here (dt = 0.1). No data term.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import base
+from configs.smoke import shrink
+
+
+def get_config(variant: str = "") -> ConfigDict:
+    c = base.get_config()
+    c.name = "flow_grpo"
+    c.sampler.update(kernel="flow_grpo", noise_level=0.7, steps=10)
+    c.advantages.update(kind="group", std="global", epsilon=1e-4, clip=5.0)
+    c.policy.update(clip_range=3e-3, kl_weight=0.004)
+    c.optimizer.warmup = 10
+    return shrink(c, variant)

@@ -1,0 +1,31 @@
+"""What `:smoke` does to every experiment here: the same row, in seconds, on noise.
+
+    python -m ddrl_jax.main --config=configs/quickstart.py:smoke --workdir=runs/smoke
+
+A random network of one narrow block, two epochs of sixteen samples: it shows that a row
+runs from the first rollout to the last checkpoint, and nothing about its results.
+"""
+
+from ml_collections import ConfigDict
+
+
+def shrink(config: ConfigDict, variant: str) -> ConfigDict:
+    """Returns the configuration itself, or made small for the variant "smoke"."""
+    if variant not in ("", "smoke"):
+        raise ValueError(f'unknown variant "{variant}", this file has ":smoke"')
+    if not variant:
+        return config
+    c = config
+    c.name = f"{c.name}:smoke"
+    c.model.update(init="random", width=32, depth=1, heads=2)
+    c.prompts.update(limit=8, per_epoch=4, group_size=4)
+    c.sampler.steps = 4
+    # of the steps it trained, keep what the short sampler has
+    c.policy.train_on = tuple(i for i in c.policy.train_on if i < c.sampler.steps - 1)
+    c.policy.train_steps = min(c.policy.train_steps, 2)
+    c.train.update(epochs=2, minibatches=min(c.train.minibatches, 2), microbatch=8)
+    c.optimizer.warmup = 0
+    c.evaluate.update(every=1, samples=8, steps=2, data_samples=8, pictures=4)
+    c.checkpoint.every = 1
+    c.sample.update(per_prompt=2, steps=2)
+    return c

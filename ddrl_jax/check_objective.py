@@ -1,0 +1,197 @@
+"""What rewards, terms and trained steps must satisfy together."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from ddrl_jax.config_rules import plain, require
+from ddrl_jax.diffusion.kernels import make_kernel
+
+
+def check_objective(config: Any) -> None:
+    """Refuses terms, rewards, advantages and steps that do not go together.
+
+    Raises:
+      UserError: the first combination that is wrong.
+    """
+    _check_weights(config)
+    _check_rewards(config)
+    make_kernel(config.sampler)  # checks the ranges that depend on the kernel
+    if config.policy.weight > 0:
+        _check_advantages(config)
+        _check_policy(config)
+        _check_trained_steps(config)
+    if config.data_term.weight > 0:
+        _check_data_term(config)
+
+
+def _check_weights(config: Any) -> None:
+    policy, data_term = config.policy, config.data_term
+    require(
+        policy.weight > 0 or data_term.weight > 0,
+        "there is nothing to train on",
+        got="policy.weight 0 and data_term.weight 0",
+        wanted="at least one above 0",
+        way_out="policy.weight 1 is RL, data_term.weight 1 pre-training, both DDRL",
+    )
+    require(
+        policy.weight > 0 or policy.kl_weight == 0,
+        "the KL to the starting policy is taken along rollouts, and there are none",
+        got=f"policy.kl_weight {policy.kl_weight} with policy.weight 0",
+        wanted="policy.weight > 0, or no KL",
+        way_out="set policy.kl_weight to 0",
+    )
+
+
+def _check_rewards(config: Any) -> None:
+    rewards = config.rewards
+    trained = [name for name in rewards.weights if rewards.weights[name] > 0]
+    require(
+        bool(trained) or config.policy.weight == 0,
+        "there is no reward to train on",
+        got=f"rewards.weights {plain(rewards.weights)} with policy.weight > 0",
+        wanted="at least one reward with a weight above 0",
+        way_out="--config.rewards.weights=\"{'compressibility': 1.0}\"",
+    )
+    both = [name for name in rewards.heldout if name in trained]
+    require(
+        not both,
+        "a held-out judge is also trained on, so it judges nothing",
+        got=f"{', '.join(both)} in rewards.heldout and in rewards.weights",
+        wanted="different names",
+        way_out="remove it from one of them",
+    )
+
+
+def _check_advantages(config: Any) -> None:
+    advantages, prompts = config.advantages, config.prompts
+    require(
+        advantages.kind != "group" or prompts.group_size > 1,
+        "a group of one sample has nothing to be compared with",
+        got="prompts.group_size 1 with advantages.kind group",
+        wanted="prompts.group_size >= 2",
+        way_out="raise prompts.group_size, or advantages.kind tracker or batch",
+    )
+    require(
+        prompts.per_epoch * prompts.group_size > 1,
+        "an epoch of one sample has nothing to be compared with",
+        got="prompts.per_epoch 1 and prompts.group_size 1",
+        wanted="at least 2 samples an epoch",
+        way_out="raise prompts.per_epoch or prompts.group_size",
+    )
+    require(
+        advantages.kind != "tracker"
+        or advantages.tracker_min <= advantages.tracker_size,
+        "the reward tracker can never hold as many rewards as it waits for",
+        got=f"tracker_min {advantages.tracker_min}, "
+        f"tracker_size {advantages.tracker_size}",
+        wanted="advantages.tracker_min <= advantages.tracker_size",
+        way_out="lower tracker_min or raise tracker_size",
+    )
+
+
+def _check_policy(config: Any) -> None:
+    policy, train = config.policy, config.train
+    updates = train.inner_epochs * train.minibatches
+    require(
+        policy.term != "reinforce" or updates == 1,
+        "REINFORCE holds for samples of the current weights: one update an epoch",
+        got=f"train.minibatches {train.minibatches}, "
+        f"train.inner_epochs {train.inner_epochs}",
+        wanted="both 1",
+        way_out='set both to 1, or policy.term to "clipped"',
+    )
+    require(
+        policy.old_log_prob != "exact" or train.inner_epochs == 1,
+        'policy.old_log_prob "exact" holds while each sample is used once',
+        got=f"train.inner_epochs {train.inner_epochs}",
+        wanted="train.inner_epochs 1",
+        way_out='set it to 1, or policy.old_log_prob to "rollout"',
+    )
+    require(
+        not (policy.train_on and policy.per_sample_steps),
+        "policy.train_on names the steps that policy.per_sample_steps would draw",
+        got=f"train_on {tuple(policy.train_on)}, per_sample_steps True",
+        wanted="one of them",
+        way_out="set policy.train_on to () or policy.per_sample_steps to False",
+    )
+
+
+def _check_trained_steps(config: Any) -> None:
+    sampler, policy = config.sampler, config.policy
+    noisy = [int(i) for i in np.flatnonzero(make_kernel(sampler).stochastic)]
+    require(
+        bool(noisy),
+        "the sampler adds no noise at any step, so there is no log-prob to train",
+        got=_noise_settings(sampler),
+        wanted="at least one step with noise",
+        way_out="raise the noise of the kernel, or sampler.steps above 1",
+    )
+    for index in policy.train_on:
+        require(
+            index < sampler.steps,
+            "policy.train_on names a step that the sampler does not have",
+            got=f"step {index} of sampler.steps {sampler.steps}",
+            wanted=f"steps 0 to {sampler.steps - 1}",
+            way_out="change policy.train_on, or raise sampler.steps",
+        )
+        require(
+            index in noisy,
+            "policy.train_on names a step without noise, which has no log-prob",
+            got=f"step {index} of {_noise_settings(sampler)}",
+            wanted=f"steps out of {_ranges(noisy)}",
+            way_out="remove it from policy.train_on",
+        )
+    require(
+        bool(policy.train_on) or policy.train_steps <= len(noisy),
+        "policy.train_steps is more than the steps that have noise",
+        got=f"{policy.train_steps} of {len(noisy)} ({_noise_settings(sampler)})",
+        wanted=f"at most {len(noisy)}, or 0 for all of them",
+        way_out="lower policy.train_steps or raise sampler.steps",
+    )
+
+
+def _noise_settings(sampler: Any) -> str:
+    """The keys of the kernel that decide which steps have noise."""
+    keys = {
+        "flow_grpo": ("noise_level", "last_step"),
+        "dance": ("eta", "last_step"),
+        "cps": ("noise_level",),
+        "ddim": ("eta",),
+        "edm": ("churn",),
+    }[sampler.kernel]
+    return ", ".join(f"{k} {sampler[k]}" for k in ("kernel", "steps", *keys))
+
+
+def _ranges(indices: Sequence[int]) -> str:
+    """[0, 1, 2, 5] -> "0-2, 5"."""
+    starts = [i for i in indices if i - 1 not in indices]
+    ends = [i for i in indices if i + 1 not in indices]
+    pairs = zip(starts, ends, strict=True)
+    return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in pairs)
+
+
+def _check_data_term(config: Any) -> None:
+    term, rollouts = config.data_term, config.policy.weight > 0
+    require(
+        config.data.source != "none",
+        "the data term has no data",
+        got=f'data_term.weight {term.weight} with data.source "none"',
+        wanted='data.source "emoji" or "samples"',
+        way_out="set data.source, or data_term.weight to 0",
+    )
+    require(
+        rollouts or term.levels == "own",
+        "the data term takes its noise levels from rollouts, and there are none",
+        got='data_term.levels "rollout" with policy.weight 0',
+        wanted='"own", or policy.weight > 0',
+        way_out='set data_term.levels to "own"',
+    )
+    require(
+        rollouts or not term.every_step,
+        "the data term is taken at every trained step, and there are none",
+        got="data_term.every_step True with policy.weight 0",
+        wanted="False, or policy.weight > 0",
+        way_out="set data_term.every_step to False",
+    )

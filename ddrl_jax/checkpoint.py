@@ -1,0 +1,349 @@
+"""Checkpoints: a tree of arrays and a JSON cursor an epoch, saved in the background.
+
+A checkpoint is a directory `ROOT/EPOCH` that Orbax writes under another name and
+renames when it is complete, so a killed run leaves the previous ones untouched. Its
+JSON record holds the cursor and, of every leaf, the shape, the dtype and a checksum
+of the bytes: what is read back is what was written, or there is one error.
+"""
+
+import errno
+import logging
+import os
+import re
+import shutil
+import sys
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import orbax.checkpoint as ocp
+
+from ddrl_jax import fingerprint
+from ddrl_jax.errors import UserError
+from ddrl_jax.interfaces import Params
+
+_ASIDE = "damaged"  # where resume=last_good moves what it skipped
+_RECORD = Path("cursor", "metadata")  # where Orbax puts the JSON item
+_WRITE_FAULTS = re.compile(
+    r"No space left|RESOURCE_EXHAUSTED|PERMISSION_DENIED|Read-only|os_error_code|"
+    r"OS error|Input/output error|quota",
+    re.IGNORECASE,
+)
+
+
+class Restored(NamedTuple):
+    """What `Checkpoints.restore` found: the epoch, the state and the cursor."""
+
+    epoch: int
+    state: Params
+    cursor: dict[str, Any]
+
+
+class _Damaged(Exception):
+    """This checkpoint can not be read back as it was written."""
+
+
+def abstract(state: Params) -> Params:
+    """Describes a tree of arrays by shape, dtype and sharding, without their bytes.
+
+    Args:
+      state: a tree of jax.Arrays, typed PRNG keys included, and NumPy leaves.
+
+    Returns:
+      The tree that `Checkpoints.restore` wants: jax.ShapeDtypeStruct with sharding for
+      each jax.Array; NumPy arrays and scalars as they are.
+    """
+
+    def describe(leaf: Any) -> Any:
+        if not isinstance(leaf, jax.Array):
+            return leaf
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
+
+    return jax.tree.map(describe, state)
+
+
+class Checkpoints:
+    """The checkpoints of one workdir.
+
+    Args:
+      root: their directory; created by the first save.
+      every: epochs between two saves; 0 saves only where `force` is set.
+      keep: how many are kept; older ones are deleted after a newer one is complete.
+      read_only: never writes, moves or cleans anything (evaluation beside a run).
+    """
+
+    def __init__(
+        self, root: str | os.PathLike, every: int, keep: int, *, read_only: bool = False
+    ):
+        self.root = Path(root).absolute()
+        self.every, self.keep, self.read_only = every, keep, read_only
+        self.skipped: list[tuple[int, str]] = []
+        self._known: set[int] = set()  # epochs this run wrote or restored
+        self._pending: int | None = None
+        self._held: list[Any] = []
+        self._bytes = 0
+        self._manager: ocp.CheckpointManager | None = None
+        logging.getLogger("absl").addFilter(_not_from_orbax)
+
+    def save(
+        self, epoch: int, state: Params, cursor: dict[str, Any], force: bool = False
+    ) -> bool:
+        """Starts to save in the background, after the save before it is complete.
+
+        Args:
+          epoch: how many epochs are done; the name of the checkpoint.
+          state: everything on device that influences the future; no empty arrays.
+          cursor: everything else, as JSON values; comes back as JSON gives it (tuples
+            as lists, integer keys as strings).
+          force: save whatever `every` says (SIGTERM, the last epoch).
+
+        Returns:
+          Whether a save was started; False too where this run has this epoch already.
+
+        Raises:
+          UserError: the disk refused this save or the one before it, or a checkpoint
+            of this epoch exists that this run neither wrote nor restored.
+        """
+        if not force and (self.every <= 0 or epoch % self.every != 0):
+            return False
+        self.wait()
+        if epoch in self._known:
+            return False
+        if epoch in self.epochs():
+            raise _exists(self.root / str(epoch))
+        # The host views stay referenced until the save is complete: on a CPU they are
+        # the buffers themselves, and XLA copies instead of donating what is referenced.
+        self._held = list(fingerprint.host_leaves(state))
+        self._bytes = sum(view.nbytes for _, view in self._held if view is not None)
+        record = fingerprint.record(epoch, state, cursor, self._held)
+        args = ocp.args.Composite(
+            state=ocp.args.StandardSave(state), cursor=ocp.args.JsonSave(record)
+        )
+        try:
+            self._pending = epoch
+            self._open().save(epoch, args=args, force=True)
+        except Exception as error:  # Orbax and TensorStore raise many types
+            self._raise_write_error(error)
+        return True
+
+    def wait(self) -> None:
+        """Blocks until the save in progress is on disk.
+
+        Raises:
+          UserError: it could not be written (full disk, lost permission).
+        """
+        if self._pending is None or self._manager is None:
+            return
+        try:
+            self._manager.wait_until_finished()
+        except Exception as error:  # Orbax and TensorStore raise many types
+            self._raise_write_error(error)
+        self._known.add(self._pending)
+        self._pending, self._held = None, []
+
+    def restore(self, abstract_state: Params, which: str = "latest") -> Restored | None:
+        """Reads a checkpoint back, onto the shardings of `abstract_state`.
+
+        Args:
+          abstract_state: the tree of `abstract`.
+          which: "latest", or "last_good": skip damaged ones, say which, and move them
+            to ROOT/damaged so that the run can write these epochs again.
+
+        Returns:
+          (epoch, state, cursor), or None where there is no checkpoint.
+
+        Raises:
+          UserError: the newest one is damaged (which="latest") or none is whole, or it
+            belongs to another model or program.
+        """
+        if which not in ("latest", "last_good"):
+            raise ValueError(f"which is {which!r}, not latest or last_good")
+        epochs = self.epochs()
+        if not epochs:
+            self._refuse_foreign_root()
+            return None
+        self.skipped = []
+        for epoch in reversed(epochs):
+            try:
+                restored = self._read(epoch, abstract_state)
+            except _Damaged as reason:
+                if which == "latest":
+                    raise self._damaged(epoch, reason, epochs) from None
+                self.skipped.append((epoch, str(reason)))
+                continue
+            self._report_skipped(epoch)
+            self._known.add(epoch)
+            return restored
+        raise self._none_whole()
+
+    def epochs(self) -> list[int]:
+        """Returns the epochs that have a checkpoint directory, whole or not, sorted."""
+        if not self.root.is_dir():
+            return []
+        names = (path.name for path in self.root.iterdir() if path.is_dir())
+        return sorted(int(name) for name in names if re.fullmatch(r"\d+", name))
+
+    def latest(self) -> int | None:
+        """Returns the newest epoch that has a checkpoint directory, or None."""
+        return max(self.epochs(), default=None)
+
+    def close(self) -> None:
+        """Waits for the save in progress and lets go of the directory.
+
+        Raises:
+          UserError: the last save could not be written.
+        """
+        try:
+            self.wait()
+        finally:
+            self._close_manager()
+
+    def _close_manager(self) -> None:
+        if self._manager is not None:
+            self._manager.close()
+        self._manager = None
+
+    def _open(self) -> ocp.CheckpointManager:
+        if self._manager is None:
+            keep = ocp.checkpoint_managers.LatestN(self.keep)
+            options = ocp.CheckpointManagerOptions(
+                preservation_policy=keep,
+                cleanup_tmp_directories=not self.read_only,
+                read_only=self.read_only,
+                create=not self.read_only,
+            )
+            self._manager = ocp.CheckpointManager(self.root, options=options)
+        return self._manager
+
+    def _read(self, epoch: int, abstract_state: Params) -> Restored:
+        path = self.root / str(epoch)
+        record = _read_record(path, epoch)
+        different = fingerprint.first_difference(record, abstract_state)
+        if different is not None:
+            raise _foreign(path, *different)
+        args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract_state))
+        try:
+            state = self._open().restore(epoch, args=args)["state"]
+        except Exception as error:  # Orbax and TensorStore raise many types
+            raise _Damaged(_first_line(error)) from None
+        bad = fingerprint.first_corrupt(record, state)
+        if bad is not None:
+            raise _Damaged(f"the bytes of {bad} are not those that were saved")
+        return Restored(epoch, state, record["cursor"])
+
+    def _raise_write_error(self, error: Exception) -> None:
+        failed, self._pending, self._held = self._pending, None, []
+        if not _is_write_fault(error):
+            raise error
+        free = shutil.disk_usage(self.root if self.root.exists() else "/").free
+        kept = [epoch for epoch in self.epochs() if epoch != failed]
+        last = f"epoch {max(kept)}" if kept else "the start"
+        raise UserError(
+            f"the checkpoint of epoch {failed} could not be written to {self.root}",
+            got=f"{_first_line(error)} ({free / 1e6:.0f} MB free)",
+            wanted=f"a writable disk with about {self._bytes / 1e6:.0f} MB free",
+            way_out="make room, or lower --config.checkpoint.keep, and run the same "
+            f"command again: it goes on from {last}",
+        ) from error
+
+    def _damaged(self, epoch: int, reason: object, epochs: list[int]) -> UserError:
+        older = [e for e in epochs if e < epoch]
+        names = ", ".join(map(str, older)) if older else "none"
+        return UserError(
+            f"the checkpoint {self.root / str(epoch)} is damaged or of another program",
+            got=reason,
+            wanted="a checkpoint that reads back as it was saved",
+            way_out="--config.checkpoint.resume=last_good goes on from the newest "
+            f"whole one (older here: {names}); or start in another --workdir",
+        )
+
+    def _none_whole(self) -> UserError:
+        found = "; ".join(f"epoch {epoch}: {why}" for epoch, why in self.skipped)
+        return UserError(
+            f"no checkpoint in {self.root} is whole",
+            got=found,
+            wanted="at least one that reads back as it was saved",
+            way_out="restore one from a backup, or start in another --workdir",
+        )
+
+    def _report_skipped(self, used: int) -> None:
+        for epoch, why in self.skipped:
+            path, moved = self.root / str(epoch), ""
+            if not self.read_only:
+                moved = f"; moved to {_move_aside(path)}"
+            _tell(f"skipped the damaged checkpoint {path}: {why}{moved}")
+        if self.skipped:
+            _tell(f"resuming from {self.root / str(used)}")
+            self._close_manager()  # its list of epochs is out of date
+
+    def _refuse_foreign_root(self) -> None:
+        if not self.root.is_dir():
+            return
+        ours = re.compile(rf"\..*|{_ASIDE}|\d+\.orbax-checkpoint-tmp.*")
+        names = sorted(path.name for path in self.root.iterdir())
+        found = [name for name in names if not ours.fullmatch(name)]
+        if found:
+            raise UserError(
+                f"{self.root} holds files of another program and no checkpoint",
+                got=", ".join(found[:5]),
+                wanted="directories named after epochs, or an empty directory",
+                way_out="use another --workdir",
+            )
+
+
+def _read_record(path: Path, epoch: int) -> dict[str, Any]:
+    try:
+        return fingerprint.parse((path / _RECORD).read_bytes(), epoch)
+    except (OSError, ValueError) as error:
+        raise _Damaged(f"{path / _RECORD}: {_first_line(error)}") from None
+
+
+def _is_write_fault(error: BaseException | None) -> bool:
+    while error is not None:
+        if isinstance(error, OSError) and error.errno != errno.EEXIST:
+            return True
+        if _WRITE_FAULTS.search(str(error)):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def _first_line(error: object) -> str:
+    text = str(error).strip() or type(error).__name__
+    return text.splitlines()[0][:400]
+
+
+def _foreign(path: Path, leaf: str, got: str, wanted: str) -> UserError:
+    return UserError(
+        f"the checkpoint {path} is of another model: the first difference is {leaf}",
+        got=got,
+        wanted=wanted,
+        way_out="use the config it was trained with (config.json of the workdir), or "
+        "another --workdir",
+    )
+
+
+def _exists(path: Path) -> UserError:
+    return UserError(
+        f"the checkpoint {path} exists already",
+        got="a checkpoint that this run neither wrote nor restored",
+        wanted="no checkpoint of this epoch",
+        way_out="resume from it, or start in another --workdir",
+    )
+
+
+def _move_aside(path: Path) -> Path:
+    folder = path.parent / _ASIDE
+    folder.mkdir(exist_ok=True)
+    names = (f"{path.name}-{n}" if n else path.name for n in range(10_000))
+    target = next(folder / name for name in names if not (folder / name).exists())
+    return path.rename(target)
+
+
+def _tell(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def _not_from_orbax(record: logging.LogRecord) -> bool:
+    """Drops Orbax's own log: what it reports reaches us as exceptions as well."""
+    return f"{os.sep}orbax{os.sep}" not in record.pathname

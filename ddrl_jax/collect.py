@@ -1,0 +1,160 @@
+"""One epoch of experience: rollouts on device, rewards on threads, advantages."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ddrl_jax.data.prompts import draw_prompts
+from ddrl_jax.interfaces import Prompts, Scores
+from ddrl_jax.learner import Minibatch, TrainState
+from ddrl_jax.metrics import Timer
+from ddrl_jax.objectives.advantages import (
+    PerPromptTracker,
+    batch_normalized,
+    clip_advantages,
+    group_normalized,
+)
+from ddrl_jax.objectives.policy import reward_transform
+from ddrl_jax.preemption import Preemption
+from ddrl_jax.program import Program, draw_chunks, draw_trained_steps
+from ddrl_jax.rewards.pool import RewardPool
+from ddrl_jax.sharding import place_batch
+
+
+class Collected(NamedTuple):
+    """What an epoch's updates work on."""
+
+    prompts: Prompts
+    chunks: list[Minibatch]
+    tracker: PerPromptTracker
+    metrics: dict[str, float]
+
+
+def collect(
+    program: Program,
+    state: TrainState,
+    epoch: int,
+    pool: RewardPool,
+    tracker: PerPromptTracker,
+    timer: Timer,
+    stop: Preemption,
+) -> Collected | None:
+    """Samples the epoch's prompts and judges them while the next chunk samples.
+
+    Returns:
+      The chunks with trajectories and advantages, or None where a stop was asked for.
+    """
+    config = program.config
+    prompts = draw_prompts(
+        program.prompts,
+        config.seed,
+        epoch,
+        config.prompts.per_epoch,
+        config.prompts.group_size,
+    )
+    chunks = draw_chunks(program, prompts, epoch, 0)
+    if not config.policy.weight:
+        return Collected(prompts, chunks, tracker, {})
+    with timer("rollout"):
+        sampled = _sample(program, state, epoch, prompts, chunks, pool, stop)
+    if sampled is None:
+        return None
+    chunks, handles = sampled
+    with timer("reward"):
+        scores = pool.collect(handles)
+    advantages, tracker, metrics = judge(config, scores, prompts, tracker)
+    chunks = [
+        chunk._replace(advantages=part)
+        for chunk, part in zip(chunks, _split(program, advantages, len(chunks)))
+    ]
+    return Collected(prompts, chunks, tracker, metrics)
+
+
+def _sample(program, state, epoch, prompts, chunks, pool, stop):
+    """Rolls out every chunk; its pictures go to the judges as soon as they exist."""
+    config, size = program.config, program.config.train.microbatch
+    trained = draw_trained_steps(config, program.kernel, epoch, len(prompts.index))
+    filled, handles = [], []
+    for number, chunk in enumerate(chunks):
+        if stop.requested:
+            return None
+        rows = slice(number * size, (number + 1) * size)
+        steps = place_batch(program.mesh, np.ascontiguousarray(trained[:, rows]), axis=1)
+        images, trajectory = program.rollout(
+            state.params, program.frozen, chunk.keys, chunk.cond, steps
+        )
+        images.copy_to_host_async()
+        handles.append(pool.submit(images, prompts.text[rows]))
+        chunk = chunk._replace(
+            trajectory=trajectory, old_log_prob=trajectory.log_prob
+        )
+        if config.policy.old_log_prob == "recompute":
+            old = program.recompute(state.params, program.frozen, _with_zeros(chunk))
+            chunk = chunk._replace(old_log_prob=old)
+        filled.append(chunk)
+    return filled, handles
+
+
+def judge(
+    config: Any, scores: Scores, prompts: Prompts, tracker: PerPromptTracker
+) -> tuple[np.ndarray, PerPromptTracker, dict[str, float]]:
+    """Rewards -> advantages: per reward, weighted, transformed, clipped.
+
+    Args:
+      config: the whole configuration.
+      scores: of the epoch's samples.
+      prompts: of the epoch.
+      tracker: running statistics a prompt; changed only where they are used.
+
+    Returns:
+      Advantages [b] float32, the tracker, and the reward metrics.
+    """
+    weights = dict(config.rewards.weights)
+    adv, mask = config.advantages, jnp.asarray(scores.valid)
+    group, groups = jnp.asarray(prompts.group), config.prompts.per_epoch
+    if adv.kind == "tracker":
+        total = jnp.asarray(sum(w * scores.values[n] for n, w in weights.items()))
+        value, tracker = tracker.update(
+            jnp.asarray(prompts.index), total, mask, adv.tracker_min
+        )
+    else:
+        each = {
+            n: _normalized(adv, jnp.asarray(scores.values[n]), group, mask, groups)
+            for n in weights
+        }
+        value = sum(w * each[n] for n, w in weights.items()) / sum(weights.values())
+    value = value / config.policy.beta
+    value = reward_transform(value, config.policy.transform, group, mask, groups)
+    value = clip_advantages(value, adv.clip) if adv.clip else value
+    value = np.where(scores.valid, np.asarray(value, np.float32), np.float32(0))
+    return value, tracker, _reward_metrics(weights, scores)
+
+
+def _normalized(adv: Any, rewards, group, mask, groups: int):
+    if adv.kind == "batch":
+        return batch_normalized(rewards, mask, epsilon=adv.epsilon)
+    return group_normalized(
+        rewards, group, mask, num_groups=groups, std=adv.std, epsilon=adv.epsilon
+    )
+
+
+def _reward_metrics(weights: dict, scores: Scores) -> dict[str, float]:
+    valid, out = scores.valid, {"reward/valid": float(np.mean(scores.valid))}
+    total = np.zeros(len(valid), np.float64)
+    for name, weight in weights.items():
+        values = scores.values[name]
+        total += weight * np.where(valid, values, 0.0)
+        out[f"reward/{name}/mean"] = float(np.mean(values[valid]))
+        out[f"reward/{name}/std"] = float(np.std(values[valid]))
+    return out | {"reward/mean": float(np.mean(total[valid]))}
+
+
+def _split(program: Program, advantages: np.ndarray, chunks: int) -> list[jax.Array]:
+    return [place_batch(program.mesh, part) for part in np.split(advantages, chunks)]
+
+
+def _with_zeros(chunk: Minibatch) -> Minibatch:
+    """Fills the one field that scoring does not read."""
+    return chunk._replace(advantages=jnp.zeros(chunk.keys.shape, jnp.float32))

@@ -1,0 +1,283 @@
+"""What every key of a configuration may hold: one row a key.
+
+The rows are exactly the keys of configs/base.py, which a test compares. What several
+keys must satisfy together is in check_config.
+"""
+
+import difflib
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+from ddrl_jax.errors import UserError
+
+REWARDS = ("compressibility", "incompressibility", "retrieval")
+
+
+class Rule(NamedTuple):
+    """What one key accepts: in words, as a test, and the names if it is a choice."""
+
+    wanted: str
+    accepts: Callable[[Any], bool]
+    names: tuple[str, ...] = ()
+
+
+def require(ok: bool, what: str, *, got: object, wanted: str, way_out: str) -> None:
+    """Raises UserError with these words unless `ok`."""
+    if not ok:
+        raise UserError(what, got=got, wanted=wanted, way_out=way_out)
+
+
+def near(name: object, names: Sequence[str]) -> str:
+    """Returns 'did you mean "x"? ' for the nearest name, or "" when none is near."""
+    matches = difflib.get_close_matches(str(name), list(names), 1, 0.6)
+    return f'did you mean "{matches[0]}"? ' if matches else ""
+
+
+def integer(least: int, most: int | None = None) -> Rule:
+    """Returns the rule of a whole number in [least, most]; True is not a number."""
+    wanted = f"a whole number >= {least}" + (f" and <= {most}" if most else "")
+
+    def accepts(value: Any) -> bool:
+        if not isinstance(value, int) or isinstance(value, bool):
+            return False
+        return value >= least and (most is None or value <= most)
+
+    return Rule(wanted, accepts)
+
+
+def number(
+    least: float | None = None,
+    *,
+    above: float | None = None,
+    most: float | None = None,
+    below: float | None = None,
+) -> Rule:
+    """Returns the rule of a finite number within the bounds that are given."""
+    bounds = (
+        (">=", least, lambda value, bound: value >= bound),
+        (">", above, lambda value, bound: value > bound),
+        ("<=", most, lambda value, bound: value <= bound),
+        ("<", below, lambda value, bound: value < bound),
+    )
+    used = [row for row in bounds if row[1] is not None]
+    words = " and ".join(f"{sign} {bound:g}" for sign, bound, _ in used)
+
+    def accepts(value: Any) -> bool:
+        if not isinstance(value, (int, float)) or isinstance(value, bool):
+            return False
+        return math.isfinite(value) and all(test(value, b) for _, b, test in used)
+
+    return Rule(f"a finite number {words}".rstrip(), accepts)
+
+
+def choice(*names: str) -> Rule:
+    """Returns the rule of one of the names."""
+    return Rule(
+        "one of " + ", ".join(f'"{n}"' for n in names), names.__contains__, names
+    )
+
+
+def text(*, empty: bool = True) -> Rule:
+    """Returns the rule of a string."""
+    wanted = "a string" if empty else "a string that is not empty"
+    return Rule(wanted, lambda v: isinstance(v, str) and (empty or bool(v.strip())))
+
+
+def switch() -> Rule:
+    """Returns the rule of True or False; 0 and 1 are not accepted."""
+    return Rule("True or False", lambda value: isinstance(value, bool))
+
+
+def sequence(item: Rule) -> Rule:
+    """Returns the rule of a tuple whose items follow another rule, none twice."""
+
+    def accepts(value: Any) -> bool:
+        if not isinstance(value, (tuple, list)):
+            return False
+        return all(item.accepts(v) for v in value) and len(set(value)) == len(value)
+
+    return Rule(f"a tuple, each {item.wanted}, none twice", accepts, item.names)
+
+
+def table(names: tuple[str, ...], item: Rule) -> Rule:
+    """Returns the rule of a name -> value table with names out of a fixed set."""
+
+    def accepts(value: Any) -> bool:
+        if not hasattr(value, "items"):
+            return False
+        return all(n in names and item.accepts(v) for n, v in value.items())
+
+    return Rule(f"a table from {', '.join(names)} to {item.wanted}", accepts, names)
+
+
+def mesh_axis() -> Rule:
+    """Returns the rule of the size of a mesh axis."""
+    least = integer(1)
+    return Rule(
+        "a whole number >= 1, or -1 for all devices that are left",
+        lambda value: least.accepts(value) or (value == -1 and type(value) is int),
+    )
+
+
+RULES: dict[str, Rule] = {
+    "name": text(empty=False),
+    # jax.random.key takes 32 bits
+    "seed": integer(0, 2**32 - 1),
+    "model.name": choice("emoji"),
+    "model.init": text(empty=False),
+    "model.width": integer(1),
+    "model.depth": integer(1),
+    "model.heads": integer(1),
+    "model.patch": integer(1),
+    "model.image_size": integer(1),
+    "model.dtype": choice("float32", "bfloat16"),
+    "model.attention": choice("xla"),
+    "model.remat": choice("none", "full"),
+    "lora.rank": integer(0),
+    "lora.alpha": number(0),
+    "data.source": choice("emoji", "samples", "none"),
+    "data.path": text(),
+    "data.min_scale": number(above=0, most=1),
+    "data.max_scale": number(above=0, most=1),
+    "data.rotation": number(0, most=180),
+    "prompts.source": choice("data", "file", "list"),
+    "prompts.path": text(),
+    "prompts.list": sequence(text(empty=False)),
+    "prompts.limit": integer(0),
+    "prompts.per_epoch": integer(1),
+    "prompts.group_size": integer(1),
+    "sampler.kernel": choice("ddim", "flow_grpo", "dance", "cps", "edm"),
+    "sampler.steps": integer(1),
+    "sampler.noise_level": number(0),
+    "sampler.eta": number(0),
+    "sampler.churn": number(0),
+    "sampler.sigma_max": number(above=0),
+    "sampler.sigma_min": number(above=0),
+    "sampler.shift": number(above=0),
+    "sampler.last_step": choice("stochastic", "deterministic"),
+    "sampler.guidance_scale": number(0),
+    "rewards.weights": table(REWARDS, number(0)),
+    "rewards.heldout": sequence(choice(*REWARDS)),
+    "rewards.jpeg_upscale": integer(1),
+    "rewards.threads": integer(1),
+    "rewards.timeout": number(above=0),
+    "rewards.on_failure": choice("error", "mask"),
+    "advantages.kind": choice("group", "tracker", "batch"),
+    "advantages.std": choice("group", "global", "none"),
+    # equal rewards have std 0, so the epsilon can not be 0
+    "advantages.epsilon": number(above=0),
+    "advantages.clip": number(0),
+    "advantages.tracker_size": integer(1),
+    "advantages.tracker_min": integer(1),
+    "policy.weight": number(0),
+    "policy.term": choice("clipped", "reinforce"),
+    "policy.clip_range": number(above=0),
+    "policy.log_prob": choice("gaussian", "squared_error"),
+    "policy.reduction": choice("mean", "sum"),
+    "policy.transform": choice("linear", "neg_exp", "neg_exp_centered"),
+    "policy.beta": number(above=0),
+    "policy.old_log_prob": choice("rollout", "recompute", "exact"),
+    "policy.kl_weight": number(0),
+    "policy.train_on": sequence(integer(0)),
+    "policy.train_steps": integer(0),
+    "policy.per_sample_steps": switch(),
+    "policy.ratio_tolerance": number(0),
+    "data_term.weight": number(0),
+    "data_term.weighting": choice("velocity", "edm", "eps"),
+    "data_term.levels": choice("own", "rollout"),
+    "data_term.every_step": switch(),
+    "data_term.time": choice("uniform", "logit_normal"),
+    "data_term.text_dropout": number(0, below=1),
+    "train.epochs": integer(1),
+    "train.minibatches": integer(1),
+    "train.microbatch": integer(1),
+    "train.inner_epochs": integer(1),
+    "train.nan_limit": integer(1),
+    "optimizer.lr": number(above=0),
+    "optimizer.warmup": integer(0),
+    "optimizer.schedule": choice("constant", "cosine"),
+    "optimizer.b1": number(0, below=1),
+    "optimizer.b2": number(0, below=1),
+    "optimizer.eps": number(above=0),
+    "optimizer.weight_decay": number(0),
+    "optimizer.grad_clip": number(0),
+    "optimizer.ema_decay": number(0, below=1),
+    "evaluate.every": integer(0),
+    "evaluate.samples": integer(1),
+    "evaluate.steps": integer(1),
+    "evaluate.solver": choice("euler", "heun"),
+    "evaluate.guidance_scale": number(0),
+    "evaluate.data_samples": integer(0),
+    "evaluate.pictures": integer(0),
+    "checkpoint.every": integer(1),
+    "checkpoint.keep": integer(1),
+    "checkpoint.resume": choice("latest", "last_good"),
+    "sample.per_prompt": integer(1),
+    "sample.guidance_scale": number(0),
+    "sample.steps": integer(1),
+    "sample.output": text(),
+    "mesh.data": mesh_axis(),
+    "mesh.fsdp": mesh_axis(),
+    "mesh.tensor": mesh_axis(),
+    "mesh.context": mesh_axis(),
+    "log.tensorboard": switch(),
+    "log.wandb": switch(),
+    "log.progress": switch(),
+}
+
+
+def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
+    """Returns {"section.key": value} of a configuration; reward tables stay whole."""
+    flat = {}
+    for key in tree:
+        path, value = f"{prefix}{key}", tree[key]
+        if hasattr(value, "keys") and path not in RULES:
+            flat |= flatten(value, f"{path}.")
+        else:
+            flat[path] = value
+    return flat
+
+
+def plain(value: Any) -> Any:
+    """Returns a table as a dict, so that it prints on one line."""
+    return value.to_dict() if hasattr(value, "to_dict") else value
+
+
+def check_keys(config: Any) -> None:
+    """Refuses unknown and missing keys, and values that a key does not accept.
+
+    Raises:
+      UserError: the first one that is wrong.
+    """
+    values = flatten(config)
+    for path in values:
+        if path not in RULES:
+            raise UserError(
+                f"the configuration has an unknown key: {path}",
+                got=f"{path} = {values[path]!r}",
+                wanted="the keys of configs/base.py and no others",
+                way_out=near(path, tuple(RULES)) + "rename or remove it",
+            )
+    for path, rule in RULES.items():
+        if path not in values:
+            raise UserError(
+                f"the configuration lacks the key {path}",
+                got="nothing",
+                wanted=f"{path}: {rule.wanted}",
+                way_out="start from get_config() of configs/base.py, which has it",
+            )
+        if not rule.accepts(values[path]):
+            raise UserError(
+                f"{path} has a value that can not be used",
+                got=repr(plain(values[path])),
+                wanted=rule.wanted,
+                way_out=_near_names(values[path], rule.names) + f"change {path}",
+            )
+
+
+def _near_names(value: Any, names: tuple[str, ...]) -> str:
+    """What may have been meant by the first item that is none of the names."""
+    several = isinstance(value, (list, tuple)) or hasattr(value, "keys")
+    items = list(value) if several else [value]
+    return next((near(item, names) for item in items if item not in names), "")

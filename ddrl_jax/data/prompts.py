@@ -1,0 +1,136 @@
+"""Prompts of an epoch: a pure function of (seed, epoch), the same on every host."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from ddrl_jax.errors import UserError
+from ddrl_jax.interfaces import Prompts
+
+
+def read_prompt_file(path: str) -> tuple[str, ...]:
+    """One prompt a line; blank lines are skipped.
+
+    Raises:
+      UserError: the file is missing, not UTF-8, or has no prompt.
+    """
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as e:
+        raise UserError(
+            f"the prompt file {path!r} can not be read ({e})",
+            got=type(e).__name__,
+            wanted="a UTF-8 text file, one prompt a line",
+            way_out="correct --config.prompts.path",
+        ) from e
+    prompts = tuple(line.strip() for line in lines if line.strip())
+    if not prompts:
+        raise UserError(
+            f"the prompt file {path!r} has no prompt",
+            got="only blank lines" if lines else "an empty file",
+            wanted="at least one prompt",
+            way_out="write one prompt a line, or use --config.prompts.source=data",
+        )
+    return prompts
+
+
+def prompt_list(prompts_config, captions: Sequence[str], seed: int) -> tuple[str, ...]:
+    """The prompts that training draws from, in a fixed order.
+
+    Args:
+      prompts_config: config.prompts.
+      captions: of the data, for source "data"; repeats are dropped.
+      seed: chooses which ones stay where `limit` is set.
+    """
+    if prompts_config.source == "file":
+        found = read_prompt_file(prompts_config.path)
+    elif prompts_config.source == "list":
+        found = tuple(prompts_config.list)
+    else:
+        found = tuple(dict.fromkeys(captions))
+    limit = prompts_config.limit or len(found)
+    if limit > len(found):
+        raise UserError(
+            "config.prompts.limit asks for more prompts than there are",
+            got=limit,
+            wanted=f"at most {len(found)}",
+            way_out="lower it, or 0 for all",
+        )
+    if limit == len(found):
+        return found
+    chosen = np.random.default_rng([seed, 1]).permutation(len(found))[:limit]
+    return tuple(found[i] for i in sorted(chosen))
+
+
+def draw_prompts(
+    prompts: Sequence[str], seed: int, epoch: int, per_epoch: int, group_size: int
+) -> Prompts:
+    """Draws the prompts of an epoch without replacement, pass after pass.
+
+    Slot j of all epochs together is entry j mod len of a permutation that is drawn
+    anew for each pass, so every prompt comes up equally often.
+
+    Args:
+      prompts: the list.
+      seed: of the run.
+      epoch: from 0.
+      per_epoch: groups an epoch.
+      group_size: samples a group.
+    """
+    slots = epoch * per_epoch + np.arange(per_epoch)
+    passes, places = np.divmod(slots, len(prompts))
+    order = {
+        p: np.random.default_rng([seed, 2, int(p)]).permutation(len(prompts))
+        for p in np.unique(passes)
+    }
+    chosen = np.array([order[p][i] for p, i in zip(passes, places)], np.int32)
+    index = np.repeat(chosen, group_size)
+    group = np.repeat(np.arange(per_epoch, dtype=np.int32), group_size)
+    return Prompts(tuple(prompts[i] for i in index), index, group)
+
+
+def choose_records(
+    prompt_index: np.ndarray,
+    records_of: Sequence[np.ndarray],
+    seed: int,
+    epoch: int,
+) -> np.ndarray:
+    """A record of the same caption for each sample, drawn by (seed, epoch, sample).
+
+    Args:
+      prompt_index: [b] position of each sample's prompt.
+      records_of: for each prompt, the records that carry it as caption.
+      seed: of the run.
+      epoch: from 0.
+    """
+    draw = np.random.default_rng([seed, 3, epoch]).random(len(prompt_index))
+    counts = np.array([len(records_of[i]) for i in prompt_index])
+    picks = (draw * counts).astype(np.int64)
+    return np.array(
+        [records_of[i][k] for i, k in zip(prompt_index, picks)], np.int32
+    )
+
+
+def records_by_prompt(
+    prompts: Sequence[str], captions: Sequence[str]
+) -> tuple[np.ndarray, ...]:
+    """For each prompt the records whose caption it is.
+
+    Raises:
+      UserError: a prompt has no picture; the data term is conditional on the caption.
+    """
+    where: dict[str, list[int]] = {}
+    for record, caption in enumerate(captions):
+        where.setdefault(caption, []).append(record)
+    missing = [p for p in prompts if p not in where]
+    if missing:
+        raise UserError(
+            f"{len(missing)} prompts have no picture in the data set",
+            got=", ".join(repr(p) for p in missing[:5]),
+            wanted="a record with the same caption for every prompt, since the data "
+            "term is conditional on it",
+            way_out="write base samples of them with --mode=sample and train with "
+            "config.data.source='samples', or set config.data_term.weight=0",
+        )
+    return tuple(np.array(where[p], np.int32) for p in prompts)

@@ -1,0 +1,100 @@
+"""Samples of the base policy as a captioned data set: written once, read as data.
+
+DDRL may anchor to real data or to samples of the policy it starts from; `--mode=sample`
+writes such a set, `config.data.source = "samples"` reads it.
+"""
+
+import io
+from collections.abc import Iterable
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int, Key, UInt8
+
+from ddrl_jax.data.emoji import read_emoji
+from ddrl_jax.errors import UserError
+from ddrl_jax.interfaces import DataSource
+
+
+def sample_source(path: str) -> DataSource:
+    """Reads a data set that `write_samples` wrote; its pictures live on device.
+
+    Raises:
+      UserError: the folder is missing or can not be read.
+    """
+    pictures, captions = read_emoji(Path(path))
+    stack = jnp.asarray(pictures)
+
+    def latents(
+        records: Int[Array, " b"], keys: Key[Array, " b"]
+    ) -> Float[Array, "b h w c"]:
+        del keys  # the samples vary by themselves: nothing is augmented
+        return stack[records].astype(jnp.float32) / 127.5 - 1.0
+
+    return DataSource(captions=captions, latents=latents)
+
+
+def write_samples(
+    folder: Path, batches: Iterable[tuple[UInt8[np.ndarray, "b h w 3"], tuple[str, ...]]]
+) -> int:
+    """Writes (images, captions) batches as a TFDS data set over array_record.
+
+    Args:
+      folder: must not exist yet: a data set is never overwritten.
+      batches: drained once.
+
+    Returns:
+      The number of records.
+
+    Raises:
+      UserError: the folder is already there.
+    """
+    import tensorflow_datasets as tfds  # slow import, only where data is written
+    from PIL import Image
+
+    if folder.exists():
+        raise UserError(
+            f"the data set {folder} is already there",
+            got="an existing folder",
+            wanted="a new one",
+            way_out="move it away or set --config.sample.output",
+        )
+    features = tfds.features.FeaturesDict(
+        {
+            "image": tfds.features.Image(shape=(None, None, 3), encoding_format="png"),
+            "caption": tfds.features.Text(),
+        }
+    )
+
+    class Samples(tfds.core.GeneratorBasedBuilder):
+        """Samples of a policy with their prompts."""
+
+        VERSION = tfds.core.Version("1.0.0")
+
+        def _info(self):
+            return tfds.core.DatasetInfo(
+                builder=self, features=features, disable_shuffling=True
+            )
+
+        def _split_generators(self, dl_manager):
+            del dl_manager
+            return {"train": self._generate_examples()}
+
+        def _generate_examples(self):
+            index = 0
+            for images, captions in batches:
+                for image, caption in zip(images, captions):
+                    png = io.BytesIO()
+                    Image.fromarray(image).save(png, "PNG")
+                    yield index, {"image": io.BytesIO(png.getvalue()), "caption": caption}
+                    index += 1
+
+    scratch = folder.with_name(folder.name + ".writing")
+    builder = Samples(data_dir=str(scratch), file_format="array_record")
+    builder.download_and_prepare()
+    Path(builder.data_dir).rename(folder)
+    for leftover in sorted(scratch.rglob("*"), reverse=True):
+        leftover.rmdir()  # only the empty folders TFDS put around the data set
+    scratch.rmdir()
+    return builder.info.splits["train"].num_examples

@@ -1,0 +1,168 @@
+"""The command line: `python -m ddrl_jax.main --config=FILE[:variant] --workdir=DIR`.
+
+Nothing slow is imported before the command line has been understood. A problem that the
+user can fix ends in one message on stderr and exit status 2, without a traceback.
+"""
+
+import errno
+import os
+import sys
+import tempfile
+from collections.abc import Sequence
+
+from ml_collections import ConfigDict
+
+from ddrl_jax.command_line import Command, help_text, parse
+from ddrl_jax.errors import UserError
+
+EXIT_ERROR = 2
+EXIT_INTERRUPTED = 130  # what a shell reports of a program ended by Ctrl-C
+
+
+def run(argv: Sequence[str]) -> int:
+    """Runs one command and returns its exit status.
+
+    Args:
+      argv: as sys.argv, the program first.
+    """
+    try:
+        if {"--help", "-h", "-help"} & set(argv[1:]):
+            print(help_text())
+            return 0
+        _dispatch(parse(argv))
+        return 0
+    except UserError as error:
+        return _complain(error)
+    except OSError as error:
+        problem = _disk_problem(error)
+        if problem is None:
+            raise
+        return _complain(problem)
+    except KeyboardInterrupt:
+        print("\nddrl_jax: interrupted", file=sys.stderr, flush=True)
+        return EXIT_INTERRUPTED
+
+
+def _complain(error: UserError) -> int:
+    print(f"ddrl_jax: error: {error}", file=sys.stderr, flush=True)
+    return EXIT_ERROR
+
+
+def main() -> None:
+    """Runs the command of this process and leaves with its exit status."""
+    sys.exit(run(sys.argv))
+
+
+def _dispatch(command: Command) -> None:
+    """Checks what can be checked without computing, and calls the mode."""
+    mode, config = command.mode, command.config
+    workdir = os.path.expanduser(command.workdir)
+    if mode == "report" or config is None:
+        _report(workdir)
+        return
+    from ddrl_jax.check_config import check_config
+
+    check_config(config, _device_count())
+    _enable_compilation_cache()
+    _MODE_CALLS[mode](config, workdir)
+
+
+def _device_count() -> int:
+    import jax
+
+    try:
+        return jax.device_count()
+    except RuntimeError as e:
+        raise UserError(
+            "JAX can not start on this machine",
+            got=" ".join(str(e).split()),
+            wanted="a platform that is here, or JAX_PLATFORMS unset",
+            way_out="JAX_PLATFORMS=cpu runs without an accelerator",
+        ) from e
+
+
+def _enable_compilation_cache() -> None:
+    """Keeps compiled programs between runs; goes without where it can not write."""
+    import jax
+
+    cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    default = os.path.join(os.path.expanduser(cache), "ddrl_jax", "jax")
+    folder = os.environ.get("JAX_COMPILATION_CACHE_DIR") or default
+    try:
+        os.makedirs(folder, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as e:
+        print(f"ddrl_jax: compiled programs are not kept: {e}", file=sys.stderr)
+        folder = None
+    jax.config.update("jax_compilation_cache_dir", folder)
+    if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
+        # Start-up is many small programs, so they are worth keeping as well.
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+
+
+def _disk_problem(error: OSError) -> UserError | None:
+    """A full or read-only disk as a message; None for any other failure."""
+    hints = {
+        errno.ENOSPC: "free some space and start again: the run goes on",
+        errno.EDQUOT: "free some of your quota and start again: the run goes on",
+        errno.EROFS: "name a folder that can be written with --workdir",
+        errno.EACCES: "name a folder that can be written with --workdir",
+    }
+    if error.errno not in hints:
+        return None
+    return UserError(
+        f"{error.filename or 'a file'} can not be read or written",
+        got=os.strerror(error.errno),
+        wanted="a disk with room and permission to write",
+        way_out=hints[error.errno],
+    )
+
+
+def _train(config: ConfigDict, workdir: str) -> None:
+    from ddrl_jax.train import train
+
+    train(config, workdir)
+
+
+def _evaluate(config: ConfigDict, workdir: str) -> None:
+    from ddrl_jax.evaluate import evaluate_mode
+
+    evaluate_mode(config, workdir)
+
+
+def _sample(config: ConfigDict, workdir: str) -> None:
+    from ddrl_jax.sample import sample_mode
+
+    sample_mode(config, workdir)
+
+
+def _export(config: ConfigDict, workdir: str) -> None:
+    from ddrl_jax.export import export_mode
+
+    export_mode(config, workdir)
+
+
+def _report(workdir: str) -> None:
+    if not os.path.isdir(workdir):
+        raise UserError(
+            "there is no run to report on",
+            got=f"no folder {workdir}",
+            wanted="the --workdir of a run",
+            way_out="correct --workdir, or train first",
+        )
+    from ddrl_jax.report import write_report
+
+    print(write_report(workdir))
+
+
+_MODE_CALLS = {
+    "train": _train,
+    "evaluate": _evaluate,
+    "sample": _sample,
+    "export": _export,
+}
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,317 @@
+"""What a run says about itself: metrics files, the progress bar, the stage timer.
+
+Only process 0 writes; on the others every call is free and does nothing.
+"""
+
+import json
+import math
+import os
+import statistics
+import sys
+import time
+import uuid
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Self
+
+import jax
+import numpy as np
+from jaxtyping import UInt8
+from PIL import Image
+from tqdm import tqdm
+
+from ddrl_jax.errors import UserError
+
+STAGES: tuple[str, ...] = ("rollout", "reward", "update")
+_RECENT = 10  # epochs whose median duration gives the time left
+
+
+class Metrics:
+    """The writers of one run: metrics.jsonl always, TensorBoard and wandb by config.
+
+    Args:
+      workdir: the folder of the run.
+      config_log: the `log` part of the config (tensorboard, wandb).
+      resume_step: the last step that a restart keeps; TensorBoard hides later ones.
+
+    Raises:
+      UserError: wandb is asked for and not installed.
+    """
+
+    def __init__(
+        self,
+        workdir: str | os.PathLike,
+        config_log: Any,
+        resume_step: int | None = None,
+    ):
+        self.root = Path(workdir)
+        self._file = self._board = self._wandb = None
+        if jax.process_index() != 0:
+            return
+        if config_log.wandb:
+            self._wandb = _start_wandb(self.root)
+        if config_log.tensorboard:
+            self._board = _open_board(self.root, resume_step)
+        # Line buffered: a line is on its way to the disk when write() returns.
+        self._file = (self.root / "metrics.jsonl").open("a", buffering=1)
+
+    def write(self, step: int, values: Mapping[str, Any]) -> None:
+        """Writes the metrics of one epoch.
+
+        JSON has no NaN and no infinity: such a value becomes null and its key is
+        listed under "nonfinite", so that it is neither lost nor made up.
+
+        Args:
+          step: epochs done.
+          values: numbers, 0-d arrays or text.
+
+        Raises:
+          UserError: the line could not be written (full disk).
+        """
+        if self._file is None:
+            return
+        line = as_line(step, values)
+        try:
+            self._file.write(json.dumps(line, allow_nan=False) + "\n")
+            self._file.flush()
+        except OSError as error:
+            raise _write_error(self.root / "metrics.jsonl", error) from error
+        numbers = {k: v for k, v in line.items() if isinstance(v, int | float)}
+        if self._board is not None:
+            for key, value in numbers.items():
+                self._board.add_scalar(key, value, step)
+            self._board.flush()
+        if self._wandb is not None:
+            self._wandb.log(numbers, step=step)
+
+    def images(
+        self, step: int, name: str, grid: UInt8[np.ndarray, "h w c"]
+    ) -> Path | None:
+        """Writes a picture to samples/NAME_STEP.png and to TensorBoard.
+
+        Returns:
+          The path of the file; None on other processes than 0.
+
+        Raises:
+          UserError: the file could not be written (full disk).
+        """
+        if self._file is None:
+            return None
+        safe = name.replace(os.sep, "_")
+        path = self.root / "samples" / f"{safe}_{step:06d}.png"
+        try:
+            path.parent.mkdir(exist_ok=True)
+            draft = path.with_name(f".{path.name}.tmp")
+            Image.fromarray(np.asarray(grid)).save(draft, format="PNG")
+            draft.replace(path)
+        except OSError as error:
+            raise _write_error(path, error) from error
+        if self._board is not None:
+            self._board.add_image(name, np.asarray(grid), step, dataformats="HWC")
+        if self._wandb is not None:
+            self._wandb.log({name: sys.modules["wandb"].Image(str(path))}, step=step)
+        return path
+
+    def close(self) -> None:
+        """Writes what is left and closes the files."""
+        if self._file is not None:
+            self._file.close()
+        if self._board is not None:
+            self._board.close()
+        if self._wandb is not None:
+            self._wandb.finish()
+        self._file = self._board = self._wandb = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *reason: object) -> None:
+        self.close()
+
+
+def as_line(step: int, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the JSON object of one epoch; see `Metrics.write`."""
+    line: dict[str, Any] = {"step": int(step)}
+    nonfinite = []
+    for key, value in values.items():
+        value = value if isinstance(value, str) else np.asarray(value).item()
+        if isinstance(value, float) and not math.isfinite(value):
+            nonfinite.append(key)
+            value = None
+        line[key] = value
+    return line | ({"nonfinite": nonfinite} if nonfinite else {})
+
+
+class ProgressBar:
+    """One line of progress: epoch, reward, data loss, samples a second, time left.
+
+    A bar where stderr is a terminal, else a plain line an epoch.
+
+    Args:
+      total: epochs of the whole run.
+      enabled: False shows nothing (log.progress).
+      initial: epochs done before this start.
+    """
+
+    def __init__(self, total: int, enabled: bool, initial: int = 0):
+        self._total, self._done = total, initial
+        self._shown = enabled and jax.process_index() == 0
+        self._seconds: list[float] = []
+        self._last = time.monotonic()
+        self._bar: tqdm | None = None
+        if self._shown and sys.stderr.isatty():
+            layout = "{desc} {n_fmt}/{total_fmt} |{bar}| {postfix}"
+            self._bar = tqdm(
+                total=total, initial=initial, bar_format=layout, dynamic_ncols=True
+            )
+
+    def stage(self, name: str) -> None:
+        """Says what the epoch is doing now ("rollout", "update"); terminals only."""
+        if self._bar is not None:
+            self._bar.set_description_str(f"{name:<8}")
+
+    def update(self, step: int, values: Mapping[str, Any]) -> None:
+        """Shows the end of an epoch.
+
+        Args:
+          step: epochs done.
+          values: its metrics; shown are reward/mean, data/loss, samples_per_second.
+        """
+        now = time.monotonic()
+        self._seconds.append((now - self._last) / max(step - self._done, 1))
+        self._last, self._done = now, step
+        if not self._shown:
+            return
+        text = "  ".join(_shown_parts(values))
+        left = f"{_clock(self.seconds_left())} left"
+        if self._bar is not None:
+            self._bar.set_postfix_str(f"{text}  {left}", refresh=False)
+            self._bar.update(step - self._bar.n)
+        else:
+            line = f"epoch {step}/{self._total}  {text}  {left}"
+            print(line, file=sys.stderr, flush=True)
+
+    def seconds_left(self) -> float:
+        """Returns the epochs left times the median of the recent durations.
+
+        A median, because the first epoch compiles and some epochs evaluate.
+        """
+        if not self._seconds:
+            return math.nan
+        usual = statistics.median(self._seconds[-_RECENT:])
+        return usual * max(self._total - self._done, 0)
+
+    def close(self) -> None:
+        """Leaves the last state of the bar on the screen."""
+        if self._bar is not None:
+            self._bar.close()
+        self._bar = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *reason: object) -> None:
+        self.close()
+
+
+class Timer:
+    """Seconds an epoch spends in its stages, each second counted once.
+
+    `with timer("rollout"): ...` adds to time/rollout; inside another stage the outer
+    one stands still. For one thread: work that overlaps counts where the loop waits.
+    """
+
+    def __init__(self) -> None:
+        self._spent = dict.fromkeys(STAGES, 0.0)
+        self._open: list[str] = []
+        self._start = self._mark = time.perf_counter()
+
+    @contextmanager
+    def __call__(self, stage: str) -> Iterator[None]:
+        """Times a block as `stage`."""
+        self._settle()
+        self._open.append(stage)
+        try:
+            yield
+        finally:
+            self._settle()
+            self._open.pop()
+
+    def epoch(self) -> dict[str, float]:
+        """Returns time/STAGE in seconds and starts again from zero.
+
+        time/rest is what lies in no stage; time/epoch is the sum of all.
+        """
+        self._settle()
+        now = self._mark
+        times = {f"time/{stage}": spent for stage, spent in self._spent.items()}
+        total = now - self._start
+        times["time/rest"] = max(total - sum(times.values()), 0.0)
+        times["time/epoch"] = total
+        self._spent, self._start = dict.fromkeys(STAGES, 0.0), now
+        return times
+
+    def _settle(self) -> None:
+        """Books the time since the last mark on the innermost open stage."""
+        now = time.perf_counter()
+        if self._open:
+            stage = self._open[-1]
+            self._spent[stage] = self._spent.get(stage, 0.0) + now - self._mark
+        self._mark = now
+
+
+def _open_board(root: Path, resume_step: int | None) -> Any:
+    from tensorboardX import SummaryWriter  # slow to import, and optional
+
+    purge = None if resume_step is None else resume_step + 1
+    return SummaryWriter(str(root / "tensorboard"), purge_step=purge)
+
+
+def _start_wandb(root: Path) -> Any:
+    try:
+        import wandb  # pyright: ignore[reportMissingImports]
+    except ImportError as error:
+        raise UserError(
+            "log.wandb is on and the package wandb is not installed",
+            got=error,
+            wanted="wandb, an optional extra",
+            way_out="pip install 'ddrl_jax[wandb]', or --config.log.wandb=False",
+        ) from None
+    name = root / ".wandb_id"  # a restart goes on with the same wandb run
+    if not name.exists():
+        name.write_text(uuid.uuid4().hex)
+    return wandb.init(
+        dir=str(root),
+        name=root.name,
+        project="ddrl_jax",
+        id=name.read_text(),
+        resume="allow",
+    )
+
+
+def _write_error(path: Path, error: OSError) -> UserError:
+    return UserError(
+        f"{path} could not be written",
+        got=error,
+        wanted="a disk with room, and permission to write",
+        way_out="make room and run the same command again: it goes on from the last "
+        "checkpoint",
+    )
+
+
+def _shown_parts(values: Mapping[str, Any]) -> Iterator[str]:
+    names = {"reward/mean": "reward", "data/loss": "data loss"}
+    for key, name in names.items():
+        if values.get(key) is not None:
+            yield f"{name} {float(values[key]):.4g}"
+    if values.get("samples_per_second") is not None:
+        yield f"{float(values['samples_per_second']):.1f} samples/s"
+
+
+def _clock(seconds: float) -> str:
+    if not math.isfinite(seconds):
+        return "?"
+    minutes, second = divmod(round(seconds), 60)
+    hours, minute = divmod(minutes, 60)
+    return f"{hours}:{minute:02d}:{second:02d}" if hours else f"{minute}:{second:02d}"

@@ -1,0 +1,47 @@
+"""Attention on (batch, length, heads, dim), chosen by name."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+
+def _xla(q: Array, k: Array, v: Array, mask: Array | None) -> Array:
+    """softmax(q k^T / sqrt(d)) v with float32 weights whatever the dtype of q."""
+    scale = q.shape[-1] ** -0.5
+    weights = jnp.einsum(
+        "bqhd,bkhd->bhqk", q * scale, k, preferred_element_type=jnp.float32
+    )
+    if mask is not None:
+        # A finite floor, not -inf: a row with nothing to attend to stays finite.
+        weights = jnp.where(mask[:, None, None, :], weights, -1e9)
+    weights = jax.nn.softmax(weights, axis=-1).astype(v.dtype)
+    return jnp.einsum("bhqk,bkhd->bqhd", weights, v)
+
+
+IMPLEMENTATIONS = {"xla": _xla}
+
+
+def attention(
+    q: Float[Array, "b q h d"],
+    k: Float[Array, "b k h d"],
+    v: Float[Array, "b k h d"],
+    *,
+    impl: str = "xla",
+    mask: Bool[Array, "b k"] | None = None,
+) -> Float[Array, "b q h d"]:
+    """Full attention.
+
+    Args:
+      q: queries.
+      k: keys.
+      v: values.
+      impl: a name of IMPLEMENTATIONS.
+      mask: False where a key is padding.
+
+    Returns:
+      The mixed values, in the dtype of `v`.
+
+    Raises:
+      KeyError: an unknown implementation.
+    """
+    return IMPLEMENTATIONS[impl](q, k, v, mask)

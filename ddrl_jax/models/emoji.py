@@ -1,0 +1,180 @@
+"""The embedded text-to-emoji pipeline: a vocabulary, a DiT and pixels in [-1, 1]."""
+
+import difflib
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import traverse_util
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Float, Int, UInt8
+
+from ddrl_jax.errors import UserError
+from ddrl_jax.interfaces import Cond, Params, Pipeline
+from ddrl_jax.models.dit import DiT
+
+ASSETS = Path(__file__).parent.parent / "assets"
+BASE = ASSETS / "emoji_base.npz"
+LENGTH = 6  # words of a prompt; the longest caption has five
+
+
+def read_vocabulary(path: Path = ASSETS / "emoji" / "words.txt") -> dict[str, int]:
+    """Word -> token id, from 1; id 0 is padding."""
+    words = path.read_text(encoding="utf-8").split()
+    return {word: index + 1 for index, word in enumerate(words)}
+
+
+def tokenize(
+    prompts: Sequence[str], vocabulary: dict[str, int]
+) -> Int[np.ndarray, "b l"]:
+    """Token ids of prompts, padded with 0.
+
+    Raises:
+      UserError: an unknown word (near ones are listed), an empty or too long prompt.
+    """
+    ids = np.zeros((len(prompts), LENGTH), np.int32)
+    for row, prompt in enumerate(prompts):
+        words = prompt.lower().split()
+        if not 1 <= len(words) <= LENGTH:
+            raise UserError(
+                f"the prompt {prompt!r} can not be read",
+                got=f"{len(words)} words",
+                wanted=f"1 to {LENGTH} words",
+                way_out="shorten the prompt, or drop the empty line",
+            )
+        for column, word in enumerate(words):
+            if word not in vocabulary:
+                near = difflib.get_close_matches(word, vocabulary, n=5, cutoff=0.5)
+                raise UserError(
+                    f"the prompt {prompt!r} has a word this model does not know",
+                    got=repr(word),
+                    wanted="words of the captions" + f" (near: {', '.join(near)})"
+                    if near
+                    else f"one of the {len(vocabulary)} words of the captions",
+                    way_out="use other words; ddrl_jax/assets/emoji/words.txt lists all",
+                )
+            ids[row, column] = vocabulary[word]
+    return ids
+
+
+def decode(x0: Float[Array, "b h w c"]) -> UInt8[Array, "b h w c"]:
+    """Pixels in [-1, 1] to uint8, rounded to nearest."""
+    return jnp.clip(jnp.round((x0 + 1.0) * 127.5), 0, 255).astype(jnp.uint8)
+
+
+def read_params(path: Path) -> Params:
+    """Reads a nested dict of float32 arrays from an .npz with '/' in its names.
+
+    Raises:
+      UserError: no such file, or one that is not such an archive.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            flat = {name: np.asarray(file[name], np.float32) for name in file.files}
+        if not flat:
+            raise ValueError("the archive is empty")
+    except (OSError, ValueError) as e:
+        raise UserError(
+            f"the weights {path} can not be read ({e})",
+            got="a file" if path.is_file() else "no such file",
+            wanted="an .npz written by --mode=export",
+            way_out="set config.model.init to 'assets', 'random' or such a file",
+        ) from e
+    return traverse_util.unflatten_dict(flat, sep="/")
+
+
+def write_params(path: Path, params: Params, dtype: str = "float16") -> None:
+    """Writes a nested dict of arrays as a compressed .npz, by default in half."""
+    flat = traverse_util.flatten_dict(jax.device_get(params), sep="/")
+    np.savez_compressed(path, **{k: np.asarray(v, dtype) for k, v in flat.items()})
+
+
+def check_params(params: Params, shapes: Params, source: Path) -> None:
+    """Raises UserError unless a tree has exactly the leaves and shapes wanted."""
+    got = {k: v.shape for k, v in traverse_util.flatten_dict(params, sep="/").items()}
+    want = {k: v.shape for k, v in traverse_util.flatten_dict(shapes, sep="/").items()}
+    if got == want:
+        return
+    names = sorted(k for k in got.keys() | want.keys() if got.get(k) != want.get(k))
+    first = names[0]
+    raise UserError(
+        f"the weights {source} belong to another model ({len(names)} leaves differ)",
+        got=f"{first}: {got.get(first, 'missing')}",
+        wanted=f"{first}: {want.get(first, 'no such leaf')}",
+        way_out="set config.model width, depth, heads and patch to those of the "
+        "weights, or choose other weights with config.model.init",
+    )
+
+
+def emoji_pipeline(config) -> Pipeline:
+    """Builds the pipeline of config.model and config.lora; loads no weight yet.
+
+    Args:
+      config: the whole configuration.
+
+    Raises:
+      UserError: the starting weights are missing or of another model.
+    """
+    model, vocabulary = config.model, read_vocabulary()
+    network = DiT(
+        width=model.width,
+        depth=model.depth,
+        heads=model.heads,
+        patch=model.patch,
+        vocabulary=len(vocabulary) + 1,
+        length=LENGTH,
+        dtype=model.dtype,
+        remat=model.remat,
+        rank=config.lora.rank,
+        alpha=config.lora.alpha,
+        impl=model.attention,
+    )
+    shape = (model.image_size, model.image_size, 3)
+    example = (jnp.zeros((1, *shape)), jnp.zeros(1), jnp.zeros((1, LENGTH), jnp.int32))
+
+    def boxed_init(key: Array) -> Params:
+        params_key, lora_key = jax.random.split(key)
+        trees = network.init({"params": params_key, "lora": lora_key}, *example)
+        return {"params": trees["params"], "lora": trees.get("lora")}
+
+    def denoise(params, lora, z, time, cond):
+        trees = {"params": params} | ({} if lora is None else {"lora": lora})
+        return network.apply(trees, z, time, cond.emb)
+
+    shapes = jax.eval_shape(boxed_init, jax.random.key(0))
+    axes = jax.tree.map(
+        tuple, nn.get_partition_spec(shapes), is_leaf=lambda s: isinstance(s, P)
+    )
+    load, fingerprint = _starting_weights(model.init, nn.meta.unbox(shapes)["params"])
+    return Pipeline(
+        encode=lambda prompts: Cond(jnp.asarray(tokenize(prompts, vocabulary))),
+        uncond=Cond(jnp.zeros((1, LENGTH), jnp.int32)),
+        init=lambda key: nn.meta.unbox(boxed_init(key)),
+        denoise=denoise,
+        decode=decode,
+        axes=axes,
+        latent_shape=shape,
+        prediction="velocity",
+        load=load,
+        fingerprint=fingerprint,
+    )
+
+
+def _starting_weights(init: str, shapes: Params):
+    """(load, fingerprint) of config.model.init."""
+    if init == "random":
+        return (lambda: None), "random"
+    path = BASE if init == "assets" else Path(init)
+
+    def load() -> Params:
+        params = read_params(path)
+        check_params(params, shapes, path)
+        return params
+
+    if not path.is_file():
+        read_params(path)  # raises the error that names the file
+    return load, hashlib.sha256(path.read_bytes()).hexdigest()[:16]

@@ -1,0 +1,91 @@
+"""The layers every network is made of; the only file that attaches logical axes.
+
+Logical names: "embed" (model width), "mlp" (hidden width), "heads" (heads x dim),
+"vocab", "layers" (stacked blocks), "lora_rank". sharding.py maps them to mesh axes.
+"""
+
+import flax.linen as nn
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+NORM_EPSILON = 1e-6  # under the root of a variance: a constant row must not be 0 / 0
+
+
+class Dense(nn.Module):
+    """x W + b with an optional low-rank W + (alpha / rank) A B in its own collection.
+
+    Attributes:
+      features: width of the output.
+      axes: logical names of the two axes of W.
+      dtype: of the matrix product; parameters stay float32.
+      rank: rank of the LoRA factors, 0 for none.
+      alpha: LoRA scale times rank; 0 means alpha = rank.
+      zero: start W at 0 (outputs that must begin as the identity).
+    """
+
+    features: int
+    axes: tuple[str, str] = ("embed", "mlp")
+    dtype: str = "float32"
+    rank: int = 0
+    alpha: float = 0.0
+    zero: bool = False
+    use_bias: bool = True
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*b i"]) -> Float[Array, "*b o"]:
+        """Applies the layer to the last axis."""
+        init = nn.initializers.zeros if self.zero else nn.initializers.xavier_uniform()
+        kernel = self.param(
+            "kernel",
+            nn.with_partitioning(init, self.axes),
+            (x.shape[-1], self.features),
+        )
+        # Two-dimensional operands: XLA's weight gradient of a 3-D product is twice
+        # as slow on CPU.
+        rows = x.reshape(-1, x.shape[-1]).astype(self.dtype)
+        y = rows @ kernel.astype(self.dtype)
+        if self.rank and self.has_lora():
+            y = y + self._low_rank(rows)
+        if self.use_bias:
+            bias = self.param(
+                "bias",
+                nn.with_partitioning(nn.initializers.zeros, self.axes[1:]),
+                (self.features,),
+            )
+            y = y + bias.astype(self.dtype)
+        return y.reshape(*x.shape[:-1], self.features)
+
+    def has_lora(self) -> bool:
+        """True while initialising and where the caller handed in a LoRA tree."""
+        return self.is_initializing() or self.has_variable("lora", "a")
+
+    def _low_rank(self, rows: Array) -> Array:
+        def factor(name, init, shape, axes):
+            boxed = nn.with_partitioning(init, axes)
+            make = lambda: boxed(self.make_rng("lora"), shape, jnp.float32)  # noqa: E731
+            return self.variable("lora", name, make).value.astype(self.dtype)
+
+        gaussian = nn.initializers.normal(1.0 / self.rank)
+        a = factor("a", gaussian, (rows.shape[-1], self.rank), (self.axes[0], None))
+        b = factor(
+            "b", nn.initializers.zeros, (self.rank, self.features), (None, self.axes[1])
+        )
+        scale = (self.alpha or self.rank) / self.rank
+        return (rows @ a) @ b * scale
+
+
+def rms_norm(x: Float[Array, "*b d"]) -> Float[Array, "*b d"]:
+    """x / sqrt(mean(x^2) + epsilon), computed in float32 (Zhang 2019, Eq. 4)."""
+    wide = x.astype(jnp.float32)
+    scale = jnp.reciprocal(
+        jnp.sqrt(jnp.mean(wide * wide, -1, keepdims=True) + NORM_EPSILON)
+    )
+    return (wide * scale).astype(x.dtype)
+
+
+def time_features(time: Float[Array, " b"], width: int) -> Float[Array, "b {width}"]:
+    """cos and sin of 1000 time at geometric frequencies 1 .. 1/10000, float32."""
+    half = width // 2
+    frequency = jnp.exp(-jnp.log(10000.0) * jnp.arange(half) / half)
+    angle = 1000.0 * time.astype(jnp.float32)[:, None] * frequency
+    return jnp.concatenate([jnp.cos(angle), jnp.sin(angle)], -1)

@@ -1,0 +1,55 @@
+"""SIGTERM and Ctrl-C become a flag that the training loop reads between steps."""
+
+import os
+import signal
+import threading
+from types import FrameType, TracebackType
+from typing import Self
+
+_NOTICE = b"\n%s: finishing the step, then saving\n"
+
+
+class Preemption:
+    """Asks the run to stop at the next safe point.
+
+    While it is entered, SIGTERM and the first SIGINT only set `requested`, so that a
+    save in progress completes; later SIGTERMs change nothing, a second SIGINT raises
+    KeyboardInterrupt. The old handlers return on exit. Python runs handlers in the main
+    thread only, so elsewhere this installs none and `requested` stays False.
+
+    Attributes:
+      requested: whether a signal has asked for the end.
+      signal_name: which one, "SIGTERM" or "SIGINT"; None before.
+    """
+
+    def __init__(self) -> None:
+        self.requested = False
+        self.signal_name: str | None = None
+        self._old: dict[int, object] = {}
+
+    def __enter__(self) -> Self:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGTERM, signal.SIGINT):
+                self._old[number] = signal.signal(number, self._handle)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        for number, handler in self._old.items():
+            # None: the handler was installed outside Python and can not be put back.
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)  # pyright: ignore[reportArgumentType]
+        self._old.clear()
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self.requested:
+            if number == signal.SIGINT:
+                raise KeyboardInterrupt
+            return
+        self.requested = True
+        self.signal_name = signal.Signals(number).name
+        # os.write: print is not safe inside a handler that interrupts a print.
+        os.write(2, _NOTICE % self.signal_name.encode())

@@ -1,0 +1,275 @@
+"""Config -> the jitted functions and values of one run; what train, evaluate and
+sample share."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from ddrl_jax.data.emoji import emoji_source
+from ddrl_jax.data.prompts import choose_records, prompt_list, records_by_prompt
+from ddrl_jax.data.samples import sample_source
+from ddrl_jax.diffusion.kernels import make_kernel
+from ddrl_jax.interfaces import (
+    Cond,
+    DataSource,
+    Kernel,
+    Params,
+    Pipeline,
+    Prompts,
+)
+from ddrl_jax.learner import (
+    Minibatch,
+    Objective,
+    TrainState,
+    init_state,
+    make_recompute,
+    make_update,
+)
+from ddrl_jax.models.emoji import emoji_pipeline
+from ddrl_jax.optim import make_optimizer
+from ddrl_jax.rollout import guided, make_score, rollout
+from ddrl_jax.sharding import make_mesh, params_shardings, place_batch, replicated
+
+PIPELINES = {"emoji": emoji_pipeline}
+DATA_STREAM = 1_000_003  # folded into the seed, so data draws never repeat rollout noise
+
+
+class Program(NamedTuple):
+    """Everything of a run but its state; the functions are jitted."""
+
+    config: Any
+    mesh: Mesh
+    pipeline: Pipeline
+    kernel: Kernel
+    source: DataSource | None
+    prompts: tuple[str, ...]
+    records_of: tuple[np.ndarray, ...]
+    cond_table: Cond
+    objective: Objective
+    frozen: Params  # the base under a LoRA; empty for full fine-tuning
+    reference: Any  # (params, frozen) of the starting policy where KL is on
+    new_state: Callable[[], TrainState]
+    abstract_state: Callable[[], TrainState]  # shapes with shardings
+    prepare: Callable  # (epoch, offset, pass, prompt_index, records) -> Minibatch
+    rollout: Callable  # (params, frozen, chunk, trained) -> (images, trajectory)
+    recompute: Callable
+    update: Callable  # (state, frozen, reference, chunks) -> (state, metrics)
+
+
+def build(config) -> Program:
+    """Builds a run from a checked config; loads the starting weights.
+
+    Args:
+      config: the whole configuration.
+    """
+    mesh = make_mesh(config.mesh)
+    pipeline = PIPELINES[config.model.name](config)
+    kernel = make_kernel(config.sampler, pipeline.prediction)
+    source = make_source(config)
+    prompts = prompt_list(config.prompts, source.captions if source else (), config.seed)
+    needs_data = config.data_term.weight > 0
+    records = records_by_prompt(prompts, source.captions) if needs_data else ()
+    objective = make_objective(config, pipeline, kernel, source if needs_data else None)
+    tx = make_optimizer(config.optimizer, total_updates(config))
+    base, shapes, shardings = _initial_params(config, pipeline, mesh)
+    cond_table = jax.device_put(pipeline.encode(prompts), replicated(mesh))
+    frozen, trainable = _split(config, base)
+    reference = None
+    if config.policy.kl_weight:
+        copy = None if config.lora.rank else jax.tree.map(jnp.copy, trainable)
+        reference = (copy, frozen)
+    states = _state_shardings(shapes, shardings, tx, mesh)
+    start = jax.jit(lambda p: init_state(p, tx), out_shardings=states)
+    return Program(
+        config=config,
+        mesh=mesh,
+        pipeline=pipeline,
+        kernel=kernel,
+        source=source,
+        prompts=prompts,
+        records_of=records,
+        cond_table=cond_table,
+        objective=objective,
+        frozen=frozen,
+        reference=reference,
+        new_state=lambda: start(trainable),
+        abstract_state=lambda: _abstract(shapes, states, tx),
+        prepare=_make_prepare(config, mesh, cond_table, needs_data),
+        rollout=_make_rollout(objective, pipeline),
+        recompute=jax.jit(make_recompute(objective)),
+        update=jax.jit(
+            make_update(objective, tx, config.optimizer.ema_decay),
+            donate_argnames="state",
+            out_shardings=(states, None),
+        ),
+    )
+
+
+def total_updates(config) -> int:
+    """Optimizer steps of the whole run."""
+    per_epoch = config.train.minibatches * config.train.inner_epochs
+    return config.train.epochs * per_epoch
+
+
+def make_source(config) -> DataSource | None:
+    """The captioned data of config.data, or None for source "none"."""
+    data = config.data
+    if data.source == "none":
+        return None
+    if data.source == "samples":
+        return sample_source(data.path)
+    return emoji_source(
+        config.model.image_size, data.min_scale, data.max_scale, data.rotation
+    )
+
+
+def make_apply(config, pipeline: Pipeline) -> Callable:
+    """(trainable, frozen, z, time, cond) -> prediction, for LoRA and full tuning."""
+    if config.lora.rank:
+        return lambda t, frozen, *inputs: pipeline.denoise(frozen, t, *inputs)
+    return lambda t, frozen, *inputs: pipeline.denoise(t, None, *inputs)
+
+
+def make_objective(config, pipeline, kernel, source) -> Objective:
+    """The static description of the loss, from config.policy and config.data_term."""
+    scale = config.sampler.guidance_scale
+    return Objective(
+        apply=make_apply(config, pipeline),
+        guide=lambda policy: guided(policy, pipeline.uncond, scale),
+        kernel=kernel,
+        score=make_score(config.policy.log_prob, config.policy.reduction),
+        policy=config.policy,
+        data=config.data_term,
+        source=source,
+        uncond=pipeline.uncond,
+        latent_shape=pipeline.latent_shape,
+    )
+
+
+def draw_chunks(
+    program: Program, prompts: Prompts, epoch: int, inner: int
+) -> list[Minibatch]:
+    """The epoch's samples in chunks of one microbatch, without trajectories yet.
+
+    Args:
+      program: the run.
+      prompts: of the epoch.
+      epoch: from 0.
+      inner: pass over the epoch's samples; each draws other data and data noise.
+    """
+    size = program.config.train.microbatch
+    records = np.zeros_like(prompts.index)
+    if program.records_of:
+        draw = epoch * program.config.train.inner_epochs + inner
+        records = choose_records(
+            prompts.index, program.records_of, program.config.seed, draw
+        )
+    return [
+        program.prepare(
+            epoch, start, inner, prompts.index[start : start + size],
+            records[start : start + size],
+        )
+        for start in range(0, len(prompts.index), size)
+    ]  # fmt: skip
+
+
+def draw_trained_steps(config, kernel: Kernel, epoch: int, samples: int) -> np.ndarray:
+    """Step indices [t samples] trained this epoch, ascending for each sample.
+
+    config.policy.train_on names them; else train_steps of the noisy ones are drawn by
+    (seed, epoch), the same for all samples or, with per_sample_steps, for each.
+    """
+    policy = config.policy
+    noisy = np.flatnonzero(kernel.stochastic)
+    if policy.train_on:
+        steps = np.array(policy.train_on, np.int32)
+        return np.repeat(np.sort(steps)[:, None], samples, 1)
+    count = policy.train_steps or len(noisy)
+    random = np.random.default_rng([config.seed, 4, epoch])
+    draws = samples if policy.per_sample_steps else 1
+    keys = random.random((len(noisy), draws))
+    chosen = np.sort(noisy[np.argsort(keys, axis=0)[:count]], axis=0)
+    return np.broadcast_to(chosen, (count, samples)).astype(np.int32)
+
+
+def _initial_params(config, pipeline: Pipeline, mesh: Mesh):
+    """The starting weights on their shards, with the shapes and shardings of what is
+    trained."""
+    shapes = jax.eval_shape(pipeline.init, jax.random.key(0))
+    shardings = params_shardings(pipeline.axes, shapes, mesh)
+    key = jax.random.fold_in(jax.random.key(config.seed), 7)
+    base = jax.jit(pipeline.init, out_shardings=shardings)(key)
+    if (loaded := pipeline.load()) is not None:
+        base["params"] = jax.tree.map(jax.device_put, loaded, shardings["params"])
+    part = "lora" if config.lora.rank else "params"
+    return base, shapes[part], shardings[part]
+
+
+def _split(config, base: dict) -> tuple[Params, Params]:
+    """(frozen, trainable)."""
+    if config.lora.rank:
+        return base["params"], base["lora"]
+    return {}, base["params"]
+
+
+def _state_shardings(shapes, shardings, tx, mesh: Mesh) -> TrainState:
+    """Shardings of a TrainState: moments follow their parameter, scalars replicate."""
+    state = jax.eval_shape(lambda p: init_state(p, tx), shapes)
+    by_shape = {}
+    for leaf, sharding in zip(jax.tree.leaves(shapes), jax.tree.leaves(shardings)):
+        by_shape[leaf.shape] = sharding
+    everywhere = replicated(mesh)
+    opt = jax.tree.map(lambda a: by_shape.get(a.shape, everywhere), state.opt_state)
+    return TrainState(everywhere, shardings, opt, shardings, everywhere)
+
+
+def _abstract(shapes, states: TrainState, tx) -> TrainState:
+    state = jax.eval_shape(lambda p: init_state(p, tx), shapes)
+    return jax.tree.map(
+        lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), state, states
+    )
+
+
+def _make_prepare(config, mesh: Mesh, cond_table: Cond, needs_data: bool) -> Callable:
+    @jax.jit
+    def draw(epoch, offset, inner, index, records, table):
+        root = jax.random.key(config.seed)
+        stream = jax.random.fold_in(jax.random.fold_in(root, DATA_STREAM), inner)
+        sample = offset + jnp.arange(index.shape[0])
+        fold = jax.vmap(jax.random.fold_in, in_axes=(None, 0))
+        keys = fold(jax.random.fold_in(root, epoch), sample)
+        data_keys = fold(jax.random.fold_in(stream, epoch), sample)
+        cond = jax.tree.map(lambda t: t[index], table)
+        data = (records, cond) if needs_data else (None, None)
+        return Minibatch(keys, data_keys, cond, *data, None, None, None)
+
+    def prepare(epoch, offset, inner, index, records):
+        scalars = (np.int32(epoch), np.int32(offset), np.int32(inner))
+        index, records = place_batch(mesh, (index, records))
+        return draw(*scalars, index, records, cond_table)
+
+    return prepare
+
+
+def _make_rollout(objective: Objective, pipeline: Pipeline) -> Callable:
+    @jax.jit
+    def sample(params, frozen, keys, cond, trained):
+        def denoise(z, time, c):
+            return objective.apply(params, frozen, z, time, c)
+
+        x0, trajectory = rollout(
+            objective.guide(denoise),
+            objective.kernel,
+            objective.score,
+            keys,
+            cond,
+            objective.latent_shape,
+            trained,
+        )
+        return pipeline.decode(x0), trajectory
+
+    return sample

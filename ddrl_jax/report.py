@@ -1,0 +1,348 @@
+"""A workdir as one page: report.html, which needs no network and no other file."""
+
+import base64
+import html
+import io
+import json
+import math
+import os
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from ddrl_jax.errors import UserError
+
+_STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; color: #222; background: #fff;
+       max-width: 72rem; margin: 2rem auto; padding: 0 1rem; }
+h1 { margin-bottom: 0; } h2 { margin-top: 2.2rem; border-bottom: 1px solid #ddd; }
+table { border-collapse: collapse; font-size: 13px; }
+td, th { padding: .15rem .8rem .15rem 0; text-align: left; vertical-align: top; }
+td.n { text-align: right; font-variant-numeric: tabular-nums; }
+tr:nth-child(even) td { background: #f6f6f6; }
+pre { background: #f6f6f6; padding: .6rem; overflow-x: auto; }
+img { max-width: 100%; } .pair { display: flex; gap: 1rem; flex-wrap: wrap; }
+.pair figure { flex: 1 1 20rem; } figure { margin: 0; }
+.curves { display: grid; grid-template-columns: repeat(auto-fit, minmax(24rem, 1fr)); }
+.missing { color: #a04000; } details summary { cursor: pointer; }
+"""
+
+
+class _Curve(NamedTuple):
+    """One panel: its title, the keys it draws (a regular expression) and a note."""
+
+    title: str
+    keys: str
+    note: str = ""
+    log: bool = False
+
+
+_CURVES = (
+    _Curve("Reward (trained)", r"reward/.+"),
+    _Curve("Held-out judge (never trained on)", r"heldout/.+"),
+    _Curve("Data loss", r"data/(loss|heldout_loss)", "of the diffusion model itself"),
+    _Curve("Diversity", r"diversity/.+"),
+    _Curve("Ratio deviation", r"policy/ratio_max_deviation", "0 when exact"),
+    _Curve("Policy", r"policy/(approx_kl|clip_fraction)"),
+    _Curve("Gradient norm", r"grad_norm", log=True),
+    _Curve("Samples per second", r"samples_per_second"),
+)
+_SHARES = r"time/(rollout|reward|update|rest|evaluate|checkpoint)"
+_SUMMARY = (
+    "model.name", "model.init", "data.source", "sampler.kernel", "sampler.steps",
+    "rewards.weights", "advantages.kind", "policy.term", "policy.weight", "policy.beta",
+    "policy.transform", "policy.kl_weight", "data_term.weight", "data_term.levels",
+    "prompts.per_epoch", "prompts.group_size", "train.epochs", "optimizer.lr", "seed",
+)  # fmt: skip
+
+Rows = list[dict[str, Any]]
+
+
+class _Run(NamedTuple):
+    """What a workdir holds, and in words what it lacks."""
+
+    root: Path
+    config: dict[str, Any]
+    rows: Rows
+    starts: Rows
+    samples: dict[str, list[tuple[int, Path]]]
+    missing: list[str]
+
+
+def write_report(workdir: str | os.PathLike) -> Path:
+    """Writes report.html of a workdir, finished or not.
+
+    Args:
+      workdir: the folder of a run; what it lacks is named in the page.
+
+    Returns:
+      The path of the page.
+
+    Raises:
+      UserError: the folder is not a workdir, or the page can not be written.
+    """
+    root = Path(workdir)
+    run = _read(root)
+    page = "\n".join(_page(run))
+    path, draft = root / "report.html", root / ".report.html.tmp"
+    try:
+        draft.write_text(page, encoding="utf-8")
+        draft.replace(path)
+    except OSError as error:
+        raise UserError(
+            f"{path} could not be written",
+            got=error,
+            wanted="a disk with room, and permission to write",
+            way_out="make room and run --mode=report again",
+        ) from error
+    return path
+
+
+def _read(root: Path) -> _Run:
+    missing: list[str] = []
+    names = ("config.json", "metrics.jsonl", "samples")
+    if not any((root / name).exists() for name in names):
+        raise UserError(
+            f"{root} is not a workdir",
+            got="none of " + ", ".join(names),
+            wanted="the folder that --workdir named in a training run",
+            way_out="--mode=report --workdir=THAT_FOLDER",
+        )
+    config: dict[str, Any] = {}
+    try:
+        config = json.loads((root / "config.json").read_text())
+    except (OSError, ValueError) as error:
+        missing.append(f"config.json: {error}")
+    rows = _read_lines(root / "metrics.jsonl", missing)
+    starts = _read_lines(root / "starts.jsonl", missing)
+    samples = _find_samples(root / "samples")
+    if not samples:
+        missing.append("samples/: no pictures yet (the first evaluation writes them)")
+    discarded = root / "metrics.discarded.jsonl"
+    if discarded.exists():
+        count = len(discarded.read_bytes().splitlines())
+        missing.append(f"{count} lines of epochs run again are in {discarded.name}")
+    wanted = config.get("train", {}).get("epochs")
+    done = rows[-1].get("step") if rows else 0
+    if wanted is not None and (done or 0) < wanted:
+        missing.append(f"the run is not finished: epoch {done} of {wanted}")
+    return _Run(root, config, rows, starts, samples, missing)
+
+
+def _read_lines(path: Path, missing: list[str]) -> Rows:
+    if not path.exists():
+        missing.append(f"{path.name}: no such file yet")
+        return []
+    rows, broken = [], 0
+    for line in path.read_text(errors="replace").splitlines():
+        try:
+            rows.append(dict(json.loads(line)))
+        except (ValueError, TypeError):
+            broken += 1
+    if broken:
+        missing.append(f"{path.name}: {broken} unreadable lines")
+    return rows
+
+
+def _find_samples(folder: Path) -> dict[str, list[tuple[int, Path]]]:
+    """Pictures by name, each with its steps in order: NAME_STEP.png."""
+    found: dict[str, list[tuple[int, Path]]] = {}
+    for path in sorted(folder.glob("*.png")):
+        match = re.fullmatch(r"(.+)_(\d+)", path.stem)
+        if match and not path.name.startswith("."):
+            found.setdefault(match[1], []).append((int(match[2]), path))
+    return {name: sorted(pictures) for name, pictures in sorted(found.items())}
+
+
+def _page(run: _Run) -> Iterable[str]:
+    name = html.escape(str(run.config.get("name", run.root.name)))
+    yield "<!doctype html>"
+    yield f'<html lang="en"><head><meta charset="utf-8"><title>{name}</title>'
+    yield f"<style>{_STYLE}</style></head><body>"
+    yield f"<h1>{name}</h1>"
+    yield from _headline(run)
+    if run.missing:
+        items = "".join(f"<li>{html.escape(text)}</li>" for text in run.missing)
+        yield f'<ul class="missing">{items}</ul>'
+    yield "<h2>Before and after</h2>"
+    yield from _pictures(run)
+    yield "<h2>Curves</h2>"
+    yield from _curves(run)
+    yield "<h2>First and last values</h2>"
+    yield from _first_last(run.rows)
+    yield "<h2>Configuration</h2>"
+    yield from _configuration(run.config)
+    yield "<h2>Machine, versions and command</h2>"
+    yield from _machine(run.starts)
+    yield "</body></html>"
+
+
+def _headline(run: _Run) -> Iterable[str]:
+    if not run.rows:
+        return
+    last = run.rows[-1]
+    total = run.config.get("train", {}).get("epochs", "?")
+    seen = last.get("samples_seen")
+    text = f"{last.get('step')} of {total} epochs"
+    yield f"<p>{text}{f', {seen} samples' if seen is not None else ''}</p>"
+
+
+def _pictures(run: _Run) -> Iterable[str]:
+    if not run.samples:
+        yield _missing("No pictures in samples/.")
+    for name, pictures in run.samples.items():
+        shown = [pictures[0]] if len(pictures) == 1 else [pictures[0], pictures[-1]]
+        same = "same prompts and noise" if len(shown) == 2 else "only one step so far"
+        yield f"<h3>{html.escape(name)} ({same})</h3>"
+        yield '<div class="pair">'
+        for (step, path), word in zip(shown, ("before", "after"), strict=False):
+            yield f"<figure><figcaption>{word}: epoch {step}</figcaption>"
+            yield _image(path.read_bytes(), f"{name}, epoch {step}") + "</figure>"
+        yield "</div>"
+
+
+def _curves(run: _Run) -> Iterable[str]:
+    absent = []
+    yield '<div class="curves">'
+    for curve in _CURVES:
+        series = _series(run.rows, curve.keys)
+        if series:
+            yield _image(_draw_curve(curve, series), curve.title)
+        else:
+            absent.append(curve.title.lower())
+    shares = _series(run.rows, _SHARES)
+    if shares:
+        yield _image(_draw_shares(shares), "where the time goes")
+    else:
+        absent.append("time per stage")
+    yield "</div>"
+    if absent:
+        yield _missing(f"Not in metrics.jsonl: {', '.join(absent)}.")
+
+
+def _series(rows: Rows, keys: str) -> dict[str, tuple[list[int], list[float]]]:
+    """(steps, values) of each key that matches; null and text are left out."""
+    found: dict[str, tuple[list[int], list[float]]] = {}
+    for row in rows:
+        for key, value in row.items():
+            number = isinstance(value, int | float) and math.isfinite(value)
+            if number and "step" in row and re.fullmatch(keys, key):
+                steps, values = found.setdefault(key, ([], []))
+                steps.append(row["step"])
+                values.append(value)
+    return found
+
+
+def _draw_curve(curve: _Curve, series: dict[str, tuple[list, list]]) -> bytes:
+    figure = Figure(figsize=(5.2, 2.9), layout="constrained")
+    axes = figure.add_subplot()
+    spread = {key for key in series if key.endswith("/std")}
+    for key, (steps, values) in series.items():
+        if key not in spread:
+            axes.plot(steps, values, marker="." if len(steps) < 40 else "", label=key)
+    axes.set_title(f"{curve.title} {f'({curve.note})' if curve.note else ''}", size=10)
+    if curve.log and all(
+        value > 0 for _, values in series.values() for value in values
+    ):
+        axes.set_yscale("log")
+    _finish(axes)
+    return _png(figure)
+
+
+def _draw_shares(series: dict[str, tuple[list, list]]) -> bytes:
+    """The share of each stage in each epoch, stacked to 100 %."""
+    figure = Figure(figsize=(5.2, 2.9), layout="constrained")
+    axes = figure.add_subplot()
+    steps = sorted({step for steps, _ in series.values() for step in steps})
+    seconds = {key: dict(zip(*pair, strict=True)) for key, pair in series.items()}
+    totals = [sum(found.get(step, 0) for found in seconds.values()) for step in steps]
+    base = [0.0] * len(steps)
+    for key, found in seconds.items():
+        pairs = zip(steps, totals, strict=True)
+        share = [100 * found.get(step, 0) / (total or 1) for step, total in pairs]
+        axes.bar(steps, share, width=1.0, bottom=base, label=key)
+        base = [low + part for low, part in zip(base, share, strict=True)]
+    axes.set_title("Where the time goes (% of an epoch)", size=10)
+    _finish(axes)
+    return _png(figure)
+
+
+def _finish(axes: Any) -> None:
+    axes.set_xlabel("epoch", size=8)
+    axes.tick_params(labelsize=8)
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=7)
+
+
+def _first_last(rows: Rows) -> Iterable[str]:
+    series = _series(rows, r"(?!step$).+")
+    if not series:
+        yield _missing("No numbers in metrics.jsonl.")
+        return
+    yield "<table><tr><th>metric</th><th>first</th><th>last</th><th>epochs</th></tr>"
+    for key in sorted(series):
+        steps, values = series[key]
+        first, last = f"{values[0]:.5g}", f"{values[-1]:.5g}"
+        yield f'<tr><td>{html.escape(key)}</td><td class="n">{first}</td>'
+        yield f'<td class="n">{last}</td><td>{steps[0]} to {steps[-1]}</td></tr>'
+    yield "</table>"
+    bad = {key for row in rows for key in row.get("nonfinite", ())}
+    if bad:
+        yield _missing(f"Not finite at some epoch: {', '.join(sorted(bad))}.")
+
+
+def _configuration(config: dict[str, Any]) -> Iterable[str]:
+    if not config:
+        yield _missing("No readable config.json.")
+        return
+    found = [(key, _lookup(config, key)) for key in _SUMMARY]
+    yield _table([(key, value) for key, value in found if value is not None])
+    text = html.escape(json.dumps(config, indent=2, sort_keys=True))
+    yield f"<details><summary>every key</summary><pre>{text}</pre></details>"
+
+
+def _machine(starts: Rows) -> Iterable[str]:
+    if not starts:
+        yield _missing("No starts.jsonl: machine and command are not known.")
+        return
+    last = dict(starts[-1])
+    versions = last.pop("versions", {})
+    command = str(last.pop("command", "not known"))
+    yield f"<pre>{html.escape(command)}</pre>"
+    yield _table([*last.items(), *versions.items()])
+    if len(starts) > 1:
+        yield f"<p>Started {len(starts)} times; the last one is shown.</p>"
+
+
+def _lookup(config: dict[str, Any], key: str) -> Any:
+    value: Any = config
+    for part in key.split("."):
+        value = value.get(part) if isinstance(value, dict) else None
+    return value
+
+
+def _table(pairs: Sequence[tuple[str, Any]]) -> str:
+    cells = (
+        f"<tr><td>{html.escape(str(key))}</td><td>{html.escape(str(value))}</td></tr>"
+        for key, value in pairs
+    )
+    return f"<table>{''.join(cells)}</table>"
+
+
+def _missing(text: str) -> str:
+    return f'<p class="missing">{html.escape(text)}</p>'
+
+
+def _image(content: bytes, alt: str) -> str:
+    uri = "data:image/png;base64," + base64.b64encode(content).decode()
+    return f'<img src="{uri}" alt="{html.escape(alt)}">'
+
+
+def _png(figure: Figure) -> bytes:
+    buffer = io.BytesIO()
+    FigureCanvasAgg(figure).print_png(buffer)
+    return buffer.getvalue()

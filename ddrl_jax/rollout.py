@@ -1,0 +1,193 @@
+"""Rollout and its mirror, replay: two scans that share one transition.
+
+The transition and its log-probability are the same function with the same shapes in
+both, so that on policy the ratio of the two is exactly 1.
+"""
+
+from collections.abc import Callable
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, Key
+
+from ddrl_jax.diffusion.gaussian import squared_error_log_prob
+from ddrl_jax.interfaces import Cond, GaussianLike, Kernel, Memory, Trajectory
+
+Policy = Callable[[Array, Array, Cond], Array]  # (z, time, cond) -> prediction
+Score = Callable[[GaussianLike, Array], Array]  # (step, next state) -> log_prob [b]
+
+
+def guided(denoise: Policy, uncond: Cond, scale: float) -> Policy:
+    """Classifier-free guidance: p_uncond + scale (p_cond - p_uncond), one 2b call.
+
+    Args:
+      denoise: the network.
+      uncond: the empty prompt, batch 1.
+      scale: 1 returns `denoise` itself. Gradients flow through both branches.
+    """
+    if scale == 1.0:
+        return denoise
+
+    def policy(z, time, cond):
+        empty = jax.tree.map(lambda u, c: jnp.broadcast_to(u, c.shape), uncond, cond)
+        both = jax.tree.map(lambda u, c: jnp.concatenate([u, c]), empty, cond)
+        out = denoise(jnp.concatenate([z, z]), jnp.concatenate([time, time]), both)
+        without, with_prompt = jnp.split(out, 2)
+        return without + scale * (with_prompt - without)
+
+    return policy
+
+
+def make_score(log_prob: str, reduction: str) -> Score:
+    """The log-probability of a row: "gaussian", or "squared_error" without the std.
+
+    A step without noise has no density; it scores 0 and is never trained on.
+    """
+
+    def score(step: GaussianLike, x_s: Array) -> Array:
+        # The barrier keeps the score's arithmetic a compilation unit of its own:
+        # fused with what surrounds it, rollout and replay would round differently.
+        mean, std, x_s = jax.lax.optimization_barrier((step.mean, step.std, x_s))
+        noisy = std > 0
+        safe = type(step)(mean, jnp.where(noisy, std, 1.0))  # pyright: ignore
+        if log_prob == "gaussian":
+            value = safe.log_prob(x_s, reduction)
+        else:
+            value = squared_error_log_prob(safe, x_s, reduction)
+        return jax.lax.optimization_barrier(jnp.where(noisy, value, 0.0))
+
+    return score
+
+
+def transition(
+    policy: Policy,
+    kernel: Kernel,
+    x: Float[Array, "b *x"],
+    time: Float[Array, "b 2"],
+    cond: Cond,
+    memory: Memory | None,
+) -> tuple[GaussianLike, Memory | None]:
+    """The distribution of the next state, and what the kernel remembers of this step.
+
+    Args:
+      policy: the (guided) network.
+      kernel: the sampler.
+      x: current state, float32.
+      time: (t, s) levels of each sample.
+      cond: prompts.
+      memory: of the step before, for multistep kernels.
+    """
+    t, s = time[:, 0], time[:, 1]
+    z, network_time = jax.lax.optimization_barrier(kernel.to_network(x, t))
+    prediction = policy(z, network_time, cond).astype(jnp.float32)
+    prediction = jax.lax.optimization_barrier(prediction)
+    step = kernel.step(x, prediction, t, s, memory)
+    if kernel.remember is None:
+        return step, None
+    return step, kernel.remember(x, prediction, t)
+
+
+def initial_noise(
+    keys: Key[Array, " b"], latent_shape: tuple[int, ...]
+) -> Float[Array, "b *x"]:
+    """The unit Gaussian noise a sample starts from: key folded with 0."""
+    draw = partial(jax.random.normal, shape=latent_shape, dtype=jnp.float32)
+    return jax.vmap(lambda k: draw(jax.random.fold_in(k, 0)))(keys)
+
+
+def rollout(
+    policy: Policy,
+    kernel: Kernel,
+    score: Score,
+    keys: Key[Array, " b"],
+    cond: Cond,
+    latent_shape: tuple[int, ...],
+    trained: Int[Array, "t b"],
+) -> tuple[Float[Array, "b *x"], Trajectory]:
+    """Samples x0 and keeps the trained transitions with their log-probabilities.
+
+    Args:
+      policy: (z, time, cond) -> prediction.
+      kernel: the sampler; its grid has n steps.
+      score: log-probability of a transition.
+      keys: one a sample; step i draws from the key folded with i + 1.
+      cond: prompts.
+      latent_shape: the shape *x of a sample.
+      trained: step indices to keep, for each sample its own; t may be 0.
+
+    Returns:
+      x0 and the Trajectory, float32.
+    """
+    levels = jnp.asarray(kernel.levels, jnp.float32)
+    x = kernel.init_scale * initial_noise(keys, latent_shape)
+    memory = _no_memory(kernel, x)
+    kept = _empty(trained, x, memory)
+
+    def body(carry, item):
+        x, memory, kept = carry
+        index, level = item
+        time = jnp.broadcast_to(level, (x.shape[0], 2))
+        step, remembered = transition(policy, kernel, x, time, cond, memory)
+        step_keys = jax.vmap(lambda k: jax.random.fold_in(k, index + 1))(keys)
+        x_s = step.sample(step_keys)  # pyright: ignore[reportAttributeAccessIssue]
+        new = Trajectory(
+            x, x_s, score(step, x_s), time, jnp.full_like(trained[0], index), memory
+        )
+        return (x_s, remembered, _keep(kept, new, trained == index)), None
+
+    indices = jnp.arange(levels.shape[0])
+    (x, _, kept), _ = jax.lax.scan(body, (x, memory, kept), (indices, levels))
+    return x, kept
+
+
+def replay(
+    policy: Policy, kernel: Kernel, score: Score, trajectory: Trajectory, cond: Cond
+) -> Float[Array, "t b"]:
+    """Log-probabilities of stored transitions under (other) weights.
+
+    Args:
+      policy: (z, time, cond) -> prediction.
+      kernel: the sampler of the rollout.
+      score: as in the rollout.
+      trajectory: what `rollout` kept.
+      cond: prompts.
+    """
+
+    def body(_, item):
+        return None, score(replay_step(policy, kernel, item, cond), item.x_s)
+
+    return jax.lax.scan(body, None, trajectory)[1]
+
+
+def replay_step(
+    policy: Policy, kernel: Kernel, item: Trajectory, cond: Cond
+) -> GaussianLike:
+    """The distribution of one stored transition (a Trajectory without its t axis)."""
+    return transition(policy, kernel, item.x_t, item.time, cond, item.memory)[0]
+
+
+def _no_memory(kernel: Kernel, x: Array) -> Memory | None:
+    """Before the first step: an infinite level turns a two-step rule into Euler's."""
+    if kernel.remember is None:
+        return None
+    return Memory(jnp.zeros_like(x), jnp.full(x.shape[:1], jnp.inf, jnp.float32))
+
+
+def _empty(trained: Array, x: Array, memory: Memory | None) -> Trajectory:
+    t, b = trained.shape
+    like = lambda a: jnp.zeros((t, *a.shape), a.dtype)  # noqa: E731
+    flat = jnp.zeros((t, b), jnp.float32)
+    kept = None if memory is None else jax.tree.map(like, memory)
+    index = jnp.zeros_like(trained)
+    return Trajectory(like(x), like(x), flat, jnp.zeros((t, b, 2)), index, kept)
+
+
+def _keep(kept: Trajectory, new: Trajectory, here: Array) -> Trajectory:
+    """Writes a transition where `here` [t b] says; element-wise, so it shards."""
+
+    def write(old, value):
+        mask = here.reshape(here.shape + (1,) * (old.ndim - 2))
+        return jnp.where(mask, value, old)
+
+    return jax.tree.map(write, kept, new)

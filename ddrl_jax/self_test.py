@@ -1,0 +1,90 @@
+"""The start-up self-test: on policy the ratio is 1, or the run does not begin."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ddrl_jax.data.prompts import draw_prompts
+from ddrl_jax.errors import UserError
+from ddrl_jax.learner import TrainState, accumulate, policy_items, policy_loss
+from ddrl_jax.program import Program, draw_chunks
+from ddrl_jax.sharding import place_batch
+
+
+def ratio_deviations(program: Program, state: TrainState) -> dict[str, np.ndarray]:
+    """|ratio - 1| of each noisy step between rollout and replay, on one microbatch.
+
+    Args:
+      program: the run.
+      state: its weights.
+
+    Returns:
+      For "replay" (without gradients) and "update" (inside value_and_grad), the
+      largest deviation of each noisy step [n].
+    """
+    config, kernel = program.config, program.kernel
+    prompts = draw_prompts(
+        program.prompts,
+        config.seed,
+        0,
+        config.prompts.per_epoch,
+        config.prompts.group_size,
+    )
+    chunk = draw_chunks(program, prompts, 0, 0)[0]
+    steps = np.flatnonzero(kernel.stochastic).astype(np.int32)
+    trained = np.repeat(steps[:, None], config.train.microbatch, 1)
+    _, trajectory = program.rollout(
+        state.params,
+        program.frozen,
+        chunk.keys,
+        chunk.cond,
+        place_batch(program.mesh, trained, axis=1),
+    )
+    ones = jnp.ones(chunk.keys.shape, jnp.float32)
+    chunk = chunk._replace(
+        trajectory=trajectory, old_log_prob=trajectory.log_prob, advantages=ones
+    )
+    replayed = program.recompute(state.params, program.frozen, chunk)
+    plain = np.abs(np.expm1(np.asarray(replayed - trajectory.log_prob)))
+    inside = _deviations_in_update(program, state, chunk)
+    return {"replay": plain.max(axis=1), "update": inside}
+
+
+def _deviations_in_update(program: Program, state: TrainState, chunk) -> np.ndarray:
+    @jax.jit
+    def scan(params, frozen, reference, chunk):
+        def loss(p, item):
+            return policy_loss(program.objective, p, frozen, reference, item)
+
+        def body(total, item):
+            one = jax.tree.map(lambda a: a[None], item)
+            total, metrics = accumulate(loss, params, one, total)
+            return total, metrics["ratio_max_deviation"]
+
+        zeros = jax.tree.map(jnp.zeros_like, params)
+        return jax.lax.scan(body, zeros, policy_items((chunk,)))
+
+    _, deviation = scan(state.params, program.frozen, program.reference, chunk)
+    return np.asarray(deviation)
+
+
+def check_ratio(program: Program, state: TrainState) -> None:
+    """Refuses to train where a step's ratio is off by more than the tolerance.
+
+    Raises:
+      UserError: names the worst step of the sampler.
+    """
+    steps = np.flatnonzero(program.kernel.stochastic)
+    tolerance = program.config.policy.ratio_tolerance
+    for where, deviation in ratio_deviations(program, state).items():
+        worst = int(np.argmax(deviation))
+        if deviation[worst] <= tolerance:  # False for NaN too
+            continue
+        raise UserError(
+            f"step {steps[worst]} of {program.config.sampler.kernel}: the policy ratio "
+            f"is not 1 before any update ({where})",
+            got=f"|ratio - 1| = {deviation[worst]:.3g}",
+            wanted=f"at most {tolerance:g} (config.policy.ratio_tolerance)",
+            way_out="config.policy.old_log_prob='recompute' or 'exact', or a larger "
+            "tolerance, well below config.policy.clip_range",
+        )

@@ -1,0 +1,226 @@
+"""The training loop: sample, judge, update, log, checkpoint, evaluate."""
+
+import sys
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ddrl_jax.checkpoint import Checkpoints
+from ddrl_jax.collect import Collected, collect
+from ddrl_jax.data.prompts import draw_prompts
+from ddrl_jax.errors import UserError
+from ddrl_jax.evaluate import Evaluation
+from ddrl_jax.learner import TrainState
+from ddrl_jax.metrics import Metrics, ProgressBar, Timer
+from ddrl_jax.objectives.advantages import PerPromptTracker
+from ddrl_jax.preemption import Preemption
+from ddrl_jax.program import Program, build, draw_chunks
+from ddrl_jax.report import write_report
+from ddrl_jax.rewards.pool import RewardPool
+from ddrl_jax.rewards.registry import make_rewards
+from ddrl_jax.self_test import check_ratio
+from ddrl_jax.workdir import Workdir, open_workdir
+
+
+def train(config: Any, workdir: str) -> None:
+    """Trains, or goes on with the run that WORKDIR holds, and writes its report.
+
+    SIGTERM saves the last whole epoch and returns; the same command continues there.
+
+    Args:
+      config: the whole configuration, checked.
+      workdir: folder of the run.
+
+    Raises:
+      UserError: whatever the user can fix, before any training where possible.
+    """
+    with open_workdir(workdir, config) as home, Preemption() as stop:
+        program = build(config)
+        checkpoints = Checkpoints(
+            home.checkpoints, config.checkpoint.every, config.checkpoint.keep
+        )
+        try:
+            run(program, home, checkpoints, stop)
+        finally:
+            checkpoints.close()
+        if not stop.requested:
+            print(f"report: {write_report(home)}", flush=True)
+
+
+def run(
+    program: Program, home: Workdir, checkpoints: Checkpoints, stop: Preemption
+) -> None:
+    """The loop itself, from the newest checkpoint to the last epoch."""
+    config = program.config
+    epoch, state, tracker = start(program, checkpoints)
+    if epoch >= config.train.epochs:
+        print(f"{home.root}: all {epoch} epochs are done", flush=True)
+        return
+    home.truncate_metrics(epoch if epoch else -1)
+    if config.policy.weight:
+        check_ratio(program, state)
+    evaluation, timer = Evaluation(program), Timer()
+    with (
+        make_pool(config) as pool,
+        Metrics(home, config.log, resume_step=epoch) as metrics,
+        ProgressBar(config.train.epochs, config.log.progress, epoch) as bar,
+    ):
+        if epoch == 0:
+            metrics.write(0, evaluation.run(state, metrics, 0))
+        timer.epoch()  # what came before belongs to no epoch
+        while epoch < config.train.epochs and not stop.requested:
+            # 1. Sample, judge, turn rewards into advantages.
+            bar.stage("rollout")
+            batch = collect(program, state, epoch, pool, tracker, timer, stop)
+            if batch is None:  # asked to stop: the epoch is dropped and drawn again
+                break
+            # 2. Update.
+            bar.stage("update")
+            with timer("update"):
+                state, values = update_epoch(program, state, batch, epoch)
+            tracker, epoch = batch.tracker, epoch + 1
+            stop_on_bad_updates(config, values)
+            # 3. Log.
+            values |= batch.metrics | timer.epoch()
+            values |= speeds(config, values, epoch)
+            # 4. Evaluate.
+            every = config.evaluate.every
+            last = epoch == config.train.epochs
+            if last or (every and epoch % every == 0):
+                values |= evaluation.run(state, metrics, epoch)
+            metrics.write(epoch, values)
+            bar.update(epoch, values)
+            # 5. Save.
+            save(checkpoints, epoch, state, tracker, program, force=last)
+            timer.epoch()  # evaluation and saving are no part of the next epoch
+    save(checkpoints, epoch, state, tracker, program, force=True)
+    if stop.requested:
+        checkpoints.wait()
+        print(
+            f"{stop.signal_name}: epoch {epoch} is saved; the same command goes on there",
+            file=sys.stderr,
+            flush=True,
+        )
+
+
+def start(
+    program: Program, checkpoints: Checkpoints
+) -> tuple[int, TrainState, PerPromptTracker]:
+    """The state to begin with: the newest checkpoint's, or a new one."""
+    config = program.config
+    tracker = PerPromptTracker.init(len(program.prompts), config.advantages.tracker_size)
+    like = {"train": program.abstract_state(), "tracker": _abstract_tracker(tracker)}
+    found = checkpoints.restore(like, config.checkpoint.resume)
+    if found is None:
+        return 0, program.new_state(), tracker
+    _check_weights(program, found.cursor)
+    return found.epoch, found.state["train"], found.state["tracker"]
+
+
+def save(checkpoints, epoch: int, state, tracker, program: Program, force: bool) -> None:
+    """Saves everything that influences the epochs to come."""
+    cursor = {
+        "epoch": epoch,
+        "samples_seen": epoch * samples_per_epoch(program.config),
+        "weights": program.pipeline.fingerprint,
+    }
+    if epoch:
+        checkpoints.save(epoch, {"train": state, "tracker": tracker}, cursor, force)
+
+
+def update_epoch(
+    program: Program, state: TrainState, batch: Collected, epoch: int
+) -> tuple[TrainState, dict[str, float]]:
+    """All optimizer steps of an epoch; one transfer of their metrics at its end.
+
+    The microbatches keep the samples of their rollout chunk, so that the ratio is
+    exact; the order of the chunks is drawn anew for each inner epoch.
+    """
+    config = program.config
+    history = []
+    for inner in range(config.train.inner_epochs):
+        chunks = batch.chunks
+        if inner:
+            chunks = _redraw(program, batch, epoch, inner)
+        per_update = len(chunks) // config.train.minibatches
+        for first in range(0, len(chunks), per_update):
+            part = tuple(chunks[first : first + per_update])
+            state, metrics = program.update(
+                state, program.frozen, program.reference, part
+            )
+            history.append(metrics)
+    bad = state.bad_updates
+    history, bad = jax.device_get((history, bad))
+    return state, _summary(history) | {"bad_updates": int(bad)}
+
+
+def make_pool(config: Any) -> RewardPool:
+    """The trained rewards on their threads."""
+    rewards = make_rewards(config.rewards, names=tuple(config.rewards.weights))
+    r = config.rewards
+    return RewardPool(rewards if config.policy.weight else {}, r.threads, r.timeout,
+                      r.on_failure)  # fmt: skip
+
+
+def samples_per_epoch(config: Any) -> int:
+    """Samples an epoch draws (rollouts, or data where there is no policy term)."""
+    return config.prompts.per_epoch * config.prompts.group_size
+
+
+def speeds(config: Any, values: dict, epoch: int) -> dict[str, float]:
+    """Samples per second of the epoch and samples seen so far."""
+    count = samples_per_epoch(config)
+    return {
+        "samples_per_second": count / values["time/epoch"],
+        "samples_seen": epoch * count,
+    }
+
+
+def stop_on_bad_updates(config: Any, values: dict) -> None:
+    """Stops a run whose gradients stay non-finite; single ones are only skipped."""
+    if values["bad_updates"] >= config.train.nan_limit:
+        raise UserError(
+            "the gradients are not finite",
+            got=f"{values['bad_updates']} updates in a row, all skipped",
+            wanted=f"fewer than {config.train.nan_limit} (config.train.nan_limit)",
+            way_out="lower config.optimizer.lr or config.policy.clip_range; the last "
+            "checkpoint is from before them",
+        )
+
+
+def _redraw(program: Program, batch: Collected, epoch: int, inner: int) -> list:
+    """The same rollouts with new data draws, in another order of chunks."""
+    fresh = draw_chunks(program, batch.prompts, epoch, inner)
+    chunks = [
+        old._replace(data_keys=new.data_keys, records=new.records)
+        for old, new in zip(batch.chunks, fresh)
+    ]
+    random = np.random.default_rng([program.config.seed, 5, epoch, inner])
+    return [chunks[i] for i in random.permutation(len(chunks))]
+
+
+def _summary(history: list[dict]) -> dict[str, float]:
+    """Means over the epoch's updates; the ratio deviation is that of the first."""
+    values = {k: float(np.mean([m[k] for m in history])) for k in history[0]}
+    key = "policy/ratio_max_deviation"
+    return values | ({key: float(history[0][key])} if key in values else {})
+
+
+def _abstract_tracker(tracker: PerPromptTracker):
+    from ddrl_jax.checkpoint import abstract
+
+    return abstract(tracker)
+
+
+def _check_weights(program: Program, cursor: dict) -> None:
+    """A resumed run must stand on the weights it started from."""
+    if cursor["weights"] != program.pipeline.fingerprint:
+        raise UserError(
+            "the checkpoint belongs to a run that started from other weights",
+            got=program.pipeline.fingerprint,
+            wanted=cursor["weights"],
+            way_out="set config.model.init to the weights of that run, or choose "
+            "another --workdir",
+        )

@@ -1,0 +1,340 @@
+"""The folder of one run: its config, its lock and the names of what lies in it."""
+
+import fcntl
+import importlib.metadata as metadata
+import json
+import os
+import platform
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import jax
+
+from ddrl_jax.errors import UserError
+
+# Keys that a later start may change: what they change is not the numbers of the run,
+# or (mesh, microbatch) only the order in which floats are added.
+_FREE = (
+    "log.",
+    "checkpoint.",
+    "sample.",
+    "mesh.",
+    "rewards.threads",
+    "rewards.timeout",
+    "evaluate.pictures",
+    "train.microbatch",
+)
+_ABSENT = "(no such key)"
+
+
+class Workdir:
+    """The paths of a run; hold it open for as long as the run writes there.
+
+    `os.fspath` of it is the folder. Made by `open_workdir`.
+    """
+
+    def __init__(self, root: Path, lock: int | None = None):
+        self.root = root
+        self._lock = lock
+
+    @property
+    def config(self) -> Path:
+        """The configuration of the run, canonical JSON."""
+        return self.root / "config.json"
+
+    @property
+    def metrics(self) -> Path:
+        """One JSON object an epoch."""
+        return self.root / "metrics.jsonl"
+
+    @property
+    def discarded(self) -> Path:
+        """The metrics of epochs that a restart ran again."""
+        return self.root / "metrics.discarded.jsonl"
+
+    @property
+    def starts(self) -> Path:
+        """One JSON object a start: date, command, machine and versions."""
+        return self.root / "starts.jsonl"
+
+    @property
+    def checkpoints(self) -> Path:
+        """The folder of `ddrl_jax.checkpoint.Checkpoints`."""
+        return self.root / "checkpoints"
+
+    @property
+    def samples(self) -> Path:
+        """The folder of the pictures."""
+        return self.root / "samples"
+
+    def __fspath__(self) -> str:
+        return str(self.root)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Lets another run use the folder."""
+        if self._lock is not None:
+            os.close(self._lock)
+        self._lock = None
+
+    def truncate_metrics(self, step: int) -> int:
+        """Moves the metrics after a restored epoch out of metrics.jsonl.
+
+        They are appended to metrics.discarded.jsonl, with any line that a kill has cut
+        short, so that nothing is lost and metrics.jsonl has one line an epoch.
+
+        Args:
+          step: the last `step` that stays; -1 moves every line.
+
+        Returns:
+          The number of lines moved.
+        """
+        if not self.metrics.exists():
+            return 0
+        lines = self.metrics.read_bytes().splitlines(keepends=True)
+        kept = [line for line in lines if _step_of(line) <= step]
+        moved = [line for line in lines if _step_of(line) > step]
+        if moved:
+            # First the copy, then the cut: a kill between them leaves both.
+            with self.discarded.open("ab") as file:
+                file.writelines(line.rstrip(b"\n") + b"\n" for line in moved)
+                file.flush()
+                os.fsync(file.fileno())
+            _replace(self.metrics, b"".join(kept))
+        return len(moved)
+
+
+def open_workdir(
+    path: str | os.PathLike, config: Any, *, exclusive: bool = True
+) -> Workdir:
+    """Creates the folder of a run, or takes up the one that is there.
+
+    Args:
+      path: the folder.
+      config: the ConfigDict of the run, or its `to_dict()`.
+      exclusive: lock the folder, compare and store the config, note this start. False
+        only reads beside a run (the folder must exist).
+
+    Raises:
+      UserError: the folder can not be created or written, another run is using it, or
+        it belongs to a run with another config.
+    """
+    root = Path(path).absolute()
+    if not exclusive:
+        if not root.is_dir():
+            raise _unusable(root, "no such folder", "the workdir of an earlier run")
+        return Workdir(root)
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        lock = _lock(root)
+    except OSError as error:
+        raise _unusable(
+            root, error, "a folder that can be created and written"
+        ) from error
+    workdir = Workdir(root, lock)
+    try:
+        _settle_config(workdir, _flat(config))
+        _note_start(workdir)
+    except OSError as error:
+        workdir.close()
+        raise _unusable(root, error, "a folder that can be written") from error
+    except BaseException:
+        workdir.close()
+        raise
+    return workdir
+
+
+def differing_keys(
+    stored: Mapping[str, Any], wanted: Mapping[str, Any]
+) -> dict[str, tuple[Any, Any]]:
+    """Returns the keys in which two configs differ so that a run can not go on.
+
+    Left out are keys that do not change the numbers (log.*, checkpoint.*, sample.*,
+    mesh.*, rewards.threads, rewards.timeout, evaluate.pictures, train.microbatch) and
+    a larger train.epochs, unless the schedule of the learning rate is made for it.
+
+    Args:
+      stored: flat dotted keys of the run in the folder, as JSON gives them.
+      wanted: those of this start.
+
+    Returns:
+      {key: (stored, wanted)}, sorted.
+    """
+    keys = sorted(stored.keys() | wanted.keys())
+    pairs = {key: (stored.get(key, _ABSENT), wanted.get(key, _ABSENT)) for key in keys}
+    longer = wanted.get("train.epochs", 0) >= stored.get("train.epochs", 0)
+    may_grow = wanted.get("optimizer.schedule") != "cosine" and longer
+    return {
+        key: pair
+        for key, pair in pairs.items()
+        if pair[0] != pair[1]
+        and not key.startswith(_FREE)
+        and not (key == "train.epochs" and may_grow)
+    }
+
+
+def _settle_config(workdir: Workdir, wanted: dict[str, Any]) -> None:
+    if not workdir.config.exists():
+        foreign = [p.name for p in (workdir.checkpoints, workdir.metrics) if p.exists()]
+        if foreign:
+            raise UserError(
+                f"{workdir.root} holds a run without its config.json",
+                got=", ".join(foreign),
+                wanted="an empty folder, or one with the config.json of its run",
+                way_out="put config.json back, or use another --workdir",
+            )
+    else:
+        _refuse_other_config(workdir, wanted)
+    text = json.dumps(_nested(wanted), indent=2, sort_keys=True) + "\n"
+    _replace(workdir.config, text.encode())
+
+
+def _refuse_other_config(workdir: Workdir, wanted: dict[str, Any]) -> None:
+    try:
+        stored = _flat(json.loads(workdir.config.read_bytes()))
+    except (ValueError, AttributeError) as error:
+        raise UserError(
+            f"{workdir.config} is not readable",
+            got=error,
+            wanted="the JSON that this program wrote",
+            way_out="put it back, or use another --workdir",
+        ) from error
+    found = differing_keys(stored, wanted)
+    if found:
+        listed = [
+            f"{key}: {old!r} there, {new!r} here" for key, (old, new) in found.items()
+        ]
+        raise UserError(
+            f"{workdir.root} holds a run with another config",
+            got="\n           ".join(listed),
+            wanted="the config stored in its config.json",
+            way_out="use another --workdir, or set these keys as stored",
+        )
+
+
+def _lock(root: Path) -> int:
+    """Returns an open descriptor that holds the lock; the kernel frees it on death."""
+    path = root / ".lock"
+    handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        owner = os.read(handle, 100).decode(errors="replace").strip() or "unknown"
+        os.close(handle)
+        raise UserError(
+            f"another run is using {root}",
+            got=f"a lock held by process {owner}",
+            wanted="one run a workdir",
+            way_out="wait for it, stop it, or use another --workdir",
+        ) from None
+    os.ftruncate(handle, 0)
+    os.pwrite(handle, f"{os.getpid()}\n".encode(), 0)
+    return handle
+
+
+def _note_start(workdir: Workdir) -> None:
+    packages = (
+        "ddrl_jax",
+        "jax",
+        "jaxlib",
+        "flax",
+        "optax",
+        "orbax-checkpoint",
+        "numpy",
+    )
+    versions = {"python": platform.python_version()}
+    for package in packages:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            versions[package] = "not installed"
+    devices = jax.devices()
+    start = {
+        "date": time.strftime("%Y-%m-%d %H:%M:%S %Z"),
+        "command": " ".join(["python -m ddrl_jax.main", *sys.argv[1:]]),
+        "devices": f"{len(devices)} x {devices[0].device_kind}",
+        "cpu": _cpu_name(),
+        "cores": os.cpu_count(),
+        "memory_gb": _memory_gb(),
+        "versions": versions,
+    }
+    with workdir.starts.open("a") as file:
+        file.write(json.dumps(start) + "\n")
+
+
+def _memory_gb() -> float:
+    return round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9, 1)
+
+
+def _cpu_name() -> str:
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return platform.processor() or platform.machine()
+    names = [
+        line.split(":", 1)[1] for line in text.splitlines() if "model name" in line
+    ]
+    return names[0].strip() if names else platform.machine()
+
+
+def _flat(config: Any, prefix: str = "") -> dict[str, Any]:
+    """Dotted keys, and values as JSON gives them back, to compare with a file."""
+    flat: dict[str, Any] = {}
+    for key, value in config.items():
+        if isinstance(value, Mapping) or hasattr(value, "to_dict"):
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = json.loads(json.dumps(value))
+    return flat
+
+
+def _nested(flat: Mapping[str, Any]) -> dict[str, Any]:
+    nested: dict[str, Any] = {}
+    for key, value in flat.items():
+        *parents, last = key.split(".")
+        place = nested
+        for parent in parents:
+            place = place.setdefault(parent, {})
+        place[last] = value
+    return nested
+
+
+def _step_of(line: bytes) -> float:
+    """The step of a line of metrics.jsonl; infinity where the line is cut short."""
+    try:
+        return json.loads(line)["step"] if line.endswith(b"\n") else float("inf")
+    except (ValueError, KeyError, TypeError):
+        return float("inf")
+
+
+def _replace(path: Path, content: bytes) -> None:
+    """Writes a file so that a kill leaves either the old one or the new one."""
+    draft = path.with_name(path.name + ".tmp")
+    with draft.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    draft.replace(path)
+
+
+def _unusable(root: Path, got: object, wanted: str) -> UserError:
+    return UserError(
+        f"the workdir {root} can not be used",
+        got=got,
+        wanted=wanted,
+        way_out="name another folder with --workdir",
+    )
