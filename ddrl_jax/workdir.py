@@ -14,6 +14,7 @@ from typing import Any, Self
 
 import jax
 
+from ddrl_jax import __version__
 from ddrl_jax.errors import UserError
 
 # Keys that a later start may change: what they change is not the numbers of the run,
@@ -256,7 +257,7 @@ def _note_start(workdir: Workdir) -> None:
         "orbax-checkpoint",
         "numpy",
     )
-    versions = {"python": platform.python_version()}
+    versions = {"ddrl_jax": __version__, "python": platform.python_version()}
     for package in packages:
         try:
             versions[package] = metadata.version(package)
