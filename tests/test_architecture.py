@@ -1,5 +1,6 @@
 """The repository keeps the rules of architecture.py, and each rule can fail."""
 
+import importlib
 import os
 import pathlib
 import subprocess
@@ -82,13 +83,13 @@ CASES = {
     "function of 60 lines": ("budgets", "ddrl_jax/a.py", LONG[:-10], 0),
     "the training loop": (
         "budgets",
-        *("ddrl_jax/train.py", LONG.replace(" f", " train")),
+        *("ddrl_jax/train.py", LONG.replace(" f", " run")),
         0,
     ),
-    "another file's train": (
+    "another file's run": (
         "budgets",
         "ddrl_jax/a.py",
-        LONG.replace(" f", " train"),
+        LONG.replace(" f", " run"),
         1,
     ),
     "nested 4 deep": ("nesting", "tests/a.py", DEEP.format("with b: pass"), 5),
@@ -212,6 +213,12 @@ def test_the_package_itself_imports_nothing_heavy():
     heavy = "{'jax', 'jaxlib', 'flax', 'numpy', 'tensorflow_datasets'}"
     result = _run(f"import sys, ddrl_jax; print({heavy} & set(sys.modules))")
     assert result.stdout.strip() == "set()", result.stdout + result.stderr
+
+
+@pytest.mark.parametrize("name", sorted(MODULES))
+def test_the_signatures_can_be_checked(name):
+    """The hook of pyproject.toml reads every annotation when a module is imported."""
+    importlib.import_module(name)
 
 
 def test_importing_every_module_touches_no_device():
