@@ -67,7 +67,9 @@ def collect(
     advantages, tracker, metrics = judge(config, scores, prompts, tracker)
     chunks = [
         chunk._replace(advantages=part)
-        for chunk, part in zip(chunks, _split(program, advantages, len(chunks)))
+        for chunk, part in zip(
+            chunks, _split(program, advantages, len(chunks)), strict=True
+        )
     ]
     return Collected(prompts, chunks, tracker, metrics)
 
@@ -81,15 +83,15 @@ def _sample(program, state, epoch, prompts, chunks, pool, stop):
         if stop.requested:
             return None
         rows = slice(number * size, (number + 1) * size)
-        steps = place_batch(program.mesh, np.ascontiguousarray(trained[:, rows]), axis=1)
+        steps = place_batch(
+            program.mesh, np.ascontiguousarray(trained[:, rows]), axis=1
+        )
         images, trajectory = program.rollout(
             state.params, program.frozen, chunk.keys, chunk.cond, steps
         )
         images.copy_to_host_async()
         handles.append(pool.submit(images, prompts.text[rows]))
-        chunk = chunk._replace(
-            trajectory=trajectory, old_log_prob=trajectory.log_prob
-        )
+        chunk = chunk._replace(trajectory=trajectory, old_log_prob=trajectory.log_prob)
         if config.policy.old_log_prob == "recompute":
             old = program.recompute(state.params, program.frozen, _with_zeros(chunk))
             chunk = chunk._replace(old_log_prob=old)

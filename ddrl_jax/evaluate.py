@@ -1,5 +1,6 @@
 """Evaluation on fixed prompts and fixed noise, with the averaged weights."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -40,7 +41,7 @@ class Evaluation:
         names = tuple(config.rewards.weights) + tuple(config.rewards.heldout)
         self.judges = make_rewards(config.rewards, names=names)
         self.features = load_judge().features if _is_emoji(config) else None
-        self._sample = make_sampler(program, config.evaluate)
+        self._sample = make_sampler(program, config.evaluate, config.evaluate.solver)
         self._loss = _make_data_loss(program) if program.source else None
 
     def run(self, state: TrainState, metrics: Metrics, epoch: int) -> dict[str, float]:
@@ -64,7 +65,7 @@ class Evaluation:
         )
         chunks = [
             self._sample(params, self.program.frozen, *part)
-            for part in _chunks(self.program, root, self.index)
+            for part in chunks_of(self.program, root, self.index)
         ]
         return np.concatenate(jax.device_get(chunks))[: self.count]
 
@@ -93,33 +94,35 @@ class Evaluation:
         losses = [
             self._loss(params, program.frozen, *part, place_batch(program.mesh, rows))
             for part, rows in zip(
-                _chunks(program, root, index),
+                chunks_of(program, root, index),
                 _padded(records, program.config.train.microbatch),
+                strict=True,
             )
         ]
         return float(np.mean(np.concatenate(jax.device_get(losses))[:count]))
 
 
-def make_sampler(program: Program, evaluate: Any):
+def make_sampler(program: Program, settings: Any, solver: str):
     """Returns sample(params, frozen, keys, cond) -> uint8 images, an ODE solve.
 
     Args:
       program: the run.
-      evaluate: steps, solver and guidance_scale.
+      settings: with `steps` and `guidance_scale` (config.evaluate or config.sample).
+      solver: "euler" or "heun".
     """
     apply, pipeline = program.objective.apply, program.pipeline
     shift = program.config.sampler.shift
-    times = flow_sigmas(evaluate.steps, shift)
+    times = flow_sigmas(settings.steps, shift)
 
     @jax.jit
     def sample(params, frozen, keys, cond: Cond):
         policy = guided(
             lambda z, time, c: apply(params, frozen, z, time, c),
             pipeline.uncond,
-            evaluate.guidance_scale,
+            settings.guidance_scale,
         )
         noise = initial_noise(keys, pipeline.latent_shape)
-        x0 = solve(lambda z, t: policy(z, t, cond), noise, times, evaluate.solver)
+        x0 = solve(lambda z, t: policy(z, t, cond), noise, times, solver)
         return pipeline.decode(x0)
 
     return sample
@@ -161,8 +164,16 @@ def _make_data_loss(program: Program):
     return loss
 
 
-def _chunks(program: Program, root: jax.Array, index: np.ndarray):
-    """(keys, cond) of each microbatch; the last one is filled up with repeats."""
+def chunks_of(
+    program: Program, root: jax.Array, index: np.ndarray
+) -> Iterator[tuple[jax.Array, Cond]]:
+    """(keys, cond) of each microbatch; the last one is filled up with repeats.
+
+    Args:
+      program: the run.
+      root: key of the stream; sample i draws from it folded with i.
+      index: prompt of each sample.
+    """
     size = program.config.train.microbatch
     for number, rows in enumerate(_padded(index, size)):
         sample = number * size + jnp.arange(size)

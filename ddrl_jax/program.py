@@ -31,11 +31,13 @@ from ddrl_jax.learner import (
 )
 from ddrl_jax.models.emoji import emoji_pipeline
 from ddrl_jax.optim import make_optimizer
-from ddrl_jax.rollout import guided, make_score, rollout
+from ddrl_jax.rollout import guided, make_score, rollout, step_times
 from ddrl_jax.sharding import make_mesh, params_shardings, place_batch, replicated
 
 PIPELINES = {"emoji": emoji_pipeline}
-DATA_STREAM = 1_000_003  # folded into the seed, so data draws never repeat rollout noise
+DATA_STREAM = (
+    1_000_003  # folded into the seed, so data draws never repeat rollout noise
+)
 
 
 class Program(NamedTuple):
@@ -70,7 +72,9 @@ def build(config) -> Program:
     pipeline = PIPELINES[config.model.name](config)
     kernel = make_kernel(config.sampler, pipeline.prediction)
     source = make_source(config)
-    prompts = prompt_list(config.prompts, source.captions if source else (), config.seed)
+    prompts = prompt_list(
+        config.prompts, source.captions if source else (), config.seed
+    )
     needs_data = config.data_term.weight > 0
     records = records_by_prompt(prompts, source.captions) if needs_data else ()
     objective = make_objective(config, pipeline, kernel, source if needs_data else None)
@@ -99,7 +103,7 @@ def build(config) -> Program:
         new_state=lambda: start(trainable),
         abstract_state=lambda: _abstract(shapes, states, tx),
         prepare=_make_prepare(config, mesh, cond_table, needs_data),
-        rollout=_make_rollout(objective, pipeline),
+        rollout=_make_rollout(config, mesh, objective, pipeline),
         recompute=jax.jit(make_recompute(objective)),
         update=jax.jit(
             make_update(objective, tx, config.optimizer.ema_decay),
@@ -220,7 +224,9 @@ def _state_shardings(shapes, shardings, tx, mesh: Mesh) -> TrainState:
     """Shardings of a TrainState: moments follow their parameter, scalars replicate."""
     state = jax.eval_shape(lambda p: init_state(p, tx), shapes)
     by_shape = {}
-    for leaf, sharding in zip(jax.tree.leaves(shapes), jax.tree.leaves(shardings)):
+    for leaf, sharding in zip(
+        jax.tree.leaves(shapes), jax.tree.leaves(shardings), strict=True
+    ):
         by_shape[leaf.shape] = sharding
     everywhere = replicated(mesh)
     opt = jax.tree.map(lambda a: by_shape.get(a.shape, everywhere), state.opt_state)
@@ -255,9 +261,12 @@ def _make_prepare(config, mesh: Mesh, cond_table: Cond, needs_data: bool) -> Cal
     return prepare
 
 
-def _make_rollout(objective: Objective, pipeline: Pipeline) -> Callable:
+def _make_rollout(config, mesh: Mesh, objective: Objective, pipeline: Pipeline):
+    times = step_times(objective.kernel, config.train.microbatch)
+    times = place_batch(mesh, times, axis=1)
+
     @jax.jit
-    def sample(params, frozen, keys, cond, trained):
+    def sample(params, frozen, keys, cond, times, trained):
         def denoise(z, time, c):
             return objective.apply(params, frozen, z, time, c)
 
@@ -268,8 +277,11 @@ def _make_rollout(objective: Objective, pipeline: Pipeline) -> Callable:
             keys,
             cond,
             objective.latent_shape,
+            times,
             trained,
         )
         return pipeline.decode(x0), trajectory
 
-    return sample
+    return lambda params, frozen, keys, cond, trained: sample(
+        params, frozen, keys, cond, times, trained
+    )

@@ -9,9 +9,10 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int, Key
 
-from ddrl_jax.diffusion.gaussian import squared_error_log_prob
+from ddrl_jax.diffusion.gaussian import Gaussian, rounded, squared_error_log_prob
 from ddrl_jax.interfaces import Cond, GaussianLike, Kernel, Memory, Trajectory
 
 Policy = Callable[[Array, Array, Cond], Array]  # (z, time, cond) -> prediction
@@ -46,16 +47,13 @@ def make_score(log_prob: str, reduction: str) -> Score:
     """
 
     def score(step: GaussianLike, x_s: Array) -> Array:
-        # The barrier keeps the score's arithmetic a compilation unit of its own:
-        # fused with what surrounds it, rollout and replay would round differently.
-        mean, std, x_s = jax.lax.optimization_barrier((step.mean, step.std, x_s))
-        noisy = std > 0
-        safe = type(step)(mean, jnp.where(noisy, std, 1.0))  # pyright: ignore
+        noisy = step.std > 0
+        safe = Gaussian(step.mean, jnp.where(noisy, step.std, 1.0))
         if log_prob == "gaussian":
             value = safe.log_prob(x_s, reduction)
         else:
             value = squared_error_log_prob(safe, x_s, reduction)
-        return jax.lax.optimization_barrier(jnp.where(noisy, value, 0.0))
+        return jnp.where(noisy, value, 0.0)
 
     return score
 
@@ -78,14 +76,18 @@ def transition(
       cond: prompts.
       memory: of the step before, for multistep kernels.
     """
-    t, s = time[:, 0], time[:, 1]
-    z, network_time = jax.lax.optimization_barrier(kernel.to_network(x, t))
-    prediction = policy(z, network_time, cond).astype(jnp.float32)
-    prediction = jax.lax.optimization_barrier(prediction)
+    t, s = rounded(time[:, 0]), rounded(time[:, 1])
+    z, network_time = map(rounded, kernel.to_network(x, t))
+    prediction = rounded(policy(z, network_time, cond).astype(jnp.float32))
     step = kernel.step(x, prediction, t, s, memory)
     if kernel.remember is None:
         return step, None
     return step, kernel.remember(x, prediction, t)
+
+
+def step_times(kernel: Kernel, batch: int) -> Float[np.ndarray, "n b 2"]:
+    """The (t, s) levels of every step, repeated for each sample, float32."""
+    return np.repeat(kernel.levels[:, None].astype(np.float32), batch, axis=1)
 
 
 def initial_noise(
@@ -103,31 +105,32 @@ def rollout(
     keys: Key[Array, " b"],
     cond: Cond,
     latent_shape: tuple[int, ...],
+    times: Float[Array, "n b 2"],
     trained: Int[Array, "t b"],
 ) -> tuple[Float[Array, "b *x"], Trajectory]:
     """Samples x0 and keeps the trained transitions with their log-probabilities.
 
     Args:
       policy: (z, time, cond) -> prediction.
-      kernel: the sampler; its grid has n steps.
+      kernel: the sampler.
       score: log-probability of a transition.
       keys: one a sample; step i draws from the key folded with i + 1.
       cond: prompts.
       latent_shape: the shape *x of a sample.
+      times: `step_times` of the kernel. An argument of the compiled program, never a
+        constant in it: folded constants round unlike the replay's arrays.
       trained: step indices to keep, for each sample its own; t may be 0.
 
     Returns:
       x0 and the Trajectory, float32.
     """
-    levels = jnp.asarray(kernel.levels, jnp.float32)
     x = kernel.init_scale * initial_noise(keys, latent_shape)
     memory = _no_memory(kernel, x)
     kept = _empty(trained, x, memory)
 
     def body(carry, item):
         x, memory, kept = carry
-        index, level = item
-        time = jnp.broadcast_to(level, (x.shape[0], 2))
+        index, time = item
         step, remembered = transition(policy, kernel, x, time, cond, memory)
         step_keys = jax.vmap(lambda k: jax.random.fold_in(k, index + 1))(keys)
         x_s = step.sample(step_keys)  # pyright: ignore[reportAttributeAccessIssue]
@@ -136,8 +139,8 @@ def rollout(
         )
         return (x_s, remembered, _keep(kept, new, trained == index)), None
 
-    indices = jnp.arange(levels.shape[0])
-    (x, _, kept), _ = jax.lax.scan(body, (x, memory, kept), (indices, levels))
+    indices = jnp.arange(times.shape[0])
+    (x, _, kept), _ = jax.lax.scan(body, (x, memory, kept), (indices, times))
     return x, kept
 
 

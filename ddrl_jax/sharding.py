@@ -41,7 +41,9 @@ def spec_for(axes: tuple, shape: tuple[int, ...], mesh: Mesh, rules=RULES) -> P:
       rules: logical name -> mesh axes, used from the left.
     """
     out, used = [], set()
-    for size, name in zip(shape, (*axes, *(None,) * (len(shape) - len(axes)))):
+    for size, name in zip(
+        shape, (*axes, *(None,) * (len(shape) - len(axes))), strict=True
+    ):
         names = tuple(a for a in rules.get(name, ()) if a not in used)
         while names and size % math.prod(mesh.shape[a] for a in names):
             names = names[:-1]

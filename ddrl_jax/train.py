@@ -4,12 +4,10 @@ import sys
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from ddrl_jax.checkpoint import Checkpoints
 from ddrl_jax.collect import Collected, collect
-from ddrl_jax.data.prompts import draw_prompts
 from ddrl_jax.errors import UserError
 from ddrl_jax.evaluate import Evaluation
 from ddrl_jax.learner import TrainState
@@ -110,7 +108,9 @@ def start(
 ) -> tuple[int, TrainState, PerPromptTracker]:
     """The state to begin with: the newest checkpoint's, or a new one."""
     config = program.config
-    tracker = PerPromptTracker.init(len(program.prompts), config.advantages.tracker_size)
+    tracker = PerPromptTracker.init(
+        len(program.prompts), config.advantages.tracker_size
+    )
     like = {"train": program.abstract_state(), "tracker": _abstract_tracker(tracker)}
     found = checkpoints.restore(like, config.checkpoint.resume)
     if found is None:
@@ -119,7 +119,9 @@ def start(
     return found.epoch, found.state["train"], found.state["tracker"]
 
 
-def save(checkpoints, epoch: int, state, tracker, program: Program, force: bool) -> None:
+def save(
+    checkpoints, epoch: int, state, tracker, program: Program, force: bool
+) -> None:
     """Saves everything that influences the epochs to come."""
     cursor = {
         "epoch": epoch,
@@ -195,7 +197,7 @@ def _redraw(program: Program, batch: Collected, epoch: int, inner: int) -> list:
     fresh = draw_chunks(program, batch.prompts, epoch, inner)
     chunks = [
         old._replace(data_keys=new.data_keys, records=new.records)
-        for old, new in zip(batch.chunks, fresh)
+        for old, new in zip(batch.chunks, fresh, strict=True)
     ]
     random = np.random.default_rng([program.config.seed, 5, epoch, inner])
     return [chunks[i] for i in random.permutation(len(chunks))]

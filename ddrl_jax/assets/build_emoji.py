@@ -21,11 +21,25 @@ from PIL import Image
 PIXELS = 64
 CAPTIONS = 256
 # Sub-categories in order of preference; the first CAPTIONS usable names are kept.
-GROUPS = (
-    "animal-mammal animal-bird animal-amphibian animal-reptile animal-marine "
-    "animal-bug plant-flower plant-other food-fruit food-vegetable food-prepared "
-    "food-asian food-sweet drink sport event musical-instrument"
-).split()
+GROUPS = [
+    "animal-mammal",
+    "animal-bird",
+    "animal-amphibian",
+    "animal-reptile",
+    "animal-marine",
+    "animal-bug",
+    "plant-flower",
+    "plant-other",
+    "food-fruit",
+    "food-vegetable",
+    "food-prepared",
+    "food-asian",
+    "food-sweet",
+    "drink",
+    "sport",
+    "event",
+    "musical-instrument",
+]
 # Near duplicates of another caption's picture, or pictures without colour on white.
 LEFT_OUT = set(
     """service dog|guide dog|mouse|rabbit|cat|horse|pig|cow|tiger|bactrian camel|

@@ -84,7 +84,9 @@ def draw_prompts(
         p: np.random.default_rng([seed, 2, int(p)]).permutation(len(prompts))
         for p in np.unique(passes)
     }
-    chosen = np.array([order[p][i] for p, i in zip(passes, places)], np.int32)
+    chosen = np.array(
+        [order[p][i] for p, i in zip(passes, places, strict=True)], np.int32
+    )
     index = np.repeat(chosen, group_size)
     group = np.repeat(np.arange(per_epoch, dtype=np.int32), group_size)
     return Prompts(tuple(prompts[i] for i in index), index, group)
@@ -108,7 +110,7 @@ def choose_records(
     counts = np.array([len(records_of[i]) for i in prompt_index])
     picks = (draw * counts).astype(np.int64)
     return np.array(
-        [records_of[i][k] for i, k in zip(prompt_index, picks)], np.int32
+        [records_of[i][k] for i, k in zip(prompt_index, picks, strict=True)], np.int32
     )
 
 

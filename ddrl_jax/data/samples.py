@@ -36,7 +36,8 @@ def sample_source(path: str) -> DataSource:
 
 
 def write_samples(
-    folder: Path, batches: Iterable[tuple[UInt8[np.ndarray, "b h w 3"], tuple[str, ...]]]
+    folder: Path,
+    batches: Iterable[tuple[UInt8[np.ndarray, "b h w 3"], tuple[str, ...]]],
 ) -> int:
     """Writes (images, captions) batches as a TFDS data set over array_record.
 
@@ -84,10 +85,13 @@ def write_samples(
         def _generate_examples(self):
             index = 0
             for images, captions in batches:
-                for image, caption in zip(images, captions):
+                for image, caption in zip(images, captions, strict=True):
                     png = io.BytesIO()
                     Image.fromarray(image).save(png, "PNG")
-                    yield index, {"image": io.BytesIO(png.getvalue()), "caption": caption}
+                    yield (
+                        index,
+                        {"image": io.BytesIO(png.getvalue()), "caption": caption},
+                    )
                     index += 1
 
     scratch = folder.with_name(folder.name + ".writing")

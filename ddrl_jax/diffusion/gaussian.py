@@ -21,9 +21,27 @@ Keys = Key[Array, ""] | Key[Array, " b"] | UInt32[Array, " 2"] | UInt32[Array, "
 HALF_LOG_2PI = 0.5 * math.log(2.0 * math.pi)
 
 
+@jax.custom_jvp
+def rounded(x: Array) -> Array:
+    """The identity, as a float32 that the compiler can not see through.
+
+    Compilers contract a multiply and an add into one fused operation where both end up
+    in one loop, which depends on what else the program computes: the same formula then
+    rounds differently in rollout and replay, and the on-policy ratio is not 1. A select
+    on x == x stands between them; it costs nothing and keeps non-finite values
+    non-finite.
+    """
+    return jnp.where(x == x, x, jnp.inf)
+
+
+@rounded.defjvp
+def _rounded_jvp(primals, tangents):
+    return rounded(*primals), tangents[0]
+
+
 def per_sample(value: Level, x: Float[Array, "b *x"]) -> Array:
     """Shapes a scalar or [b] coefficient so that it multiplies `x` [b *x]."""
-    value = jnp.asarray(value, jnp.float32)
+    value = rounded(jnp.asarray(value, jnp.float32))
     if value.ndim == 0:
         return value
     return value.reshape(value.shape + (1,) * (x.ndim - 1))
@@ -35,15 +53,16 @@ def reduce_latent(values: Float[Array, "b *x"], reduction: str) -> Float[Array, 
     Raises:
       ValueError: if `reduction` is neither "mean" nor "sum".
     """
-    axes = tuple(range(1, values.ndim))
-    if reduction == "mean":
-        return jnp.mean(values, axis=axes)
-    if reduction == "sum":
-        return jnp.sum(values, axis=axes)
-    raise ValueError(
-        f"unknown reduction: got {reduction!r}, wanted 'mean' or 'sum'; "
-        "set policy.reduction to one of them"
-    )
+    if reduction not in ("mean", "sum"):
+        raise ValueError(
+            f"unknown reduction: got {reduction!r}, wanted 'mean' or 'sum'; "
+            "set policy.reduction to one of them"
+        )
+    # A matrix product, because its order of additions depends on the shape alone; a
+    # reduction is compiled into the loop around it and adds in that loop's order.
+    rows = rounded(values.reshape(values.shape[0], -1))
+    total = jnp.matmul(rows, jnp.ones(rows.shape[1]), precision="highest")
+    return rounded(total) / rows.shape[1] if reduction == "mean" else total
 
 
 class Gaussian(NamedTuple):
@@ -84,13 +103,14 @@ class Gaussian(NamedTuple):
         into mean, std and x alike. Not finite where std is 0: a deterministic
         transition has no density, and no number is made up for it.
         """
-        mean = jnp.asarray(self.mean, jnp.float32)
-        std = jnp.asarray(self.std, jnp.float32)
-        z = (jnp.asarray(x, jnp.float32) - mean) / per_sample(std, mean)
+        mean = rounded(jnp.asarray(self.mean, jnp.float32))
+        std = rounded(jnp.asarray(self.std, jnp.float32))
+        error = rounded(rounded(jnp.asarray(x, jnp.float32)) - mean)
+        z = rounded(error / per_sample(std, mean))
         count = 1 if reduction == "mean" else math.prod(mean.shape[1:])
-        return reduce_latent(-0.5 * z * z, reduction) - count * (
-            jnp.log(std) + HALF_LOG_2PI
-        )
+        square = rounded(reduce_latent(rounded(z * z), reduction))
+        constant = rounded(count * rounded(jnp.log(std) + HALF_LOG_2PI))
+        return rounded(rounded(-0.5 * square) - constant)
 
     def kl(self, other: "Gaussian", reduction: str = "mean") -> Float[Array, " b"]:
         """KL(self || other), reduced over the latent axes; exactly 0 for equal ones.
@@ -113,5 +133,6 @@ def squared_error_log_prob(
     gradient of a step is that of the density times 2 std^2: steps of high noise
     dominate, and a clip range for it is on a scale of its own.
     """
-    error = jnp.asarray(x, jnp.float32) - jnp.asarray(gaussian.mean, jnp.float32)
-    return -reduce_latent(error * error, reduction)
+    mean = rounded(jnp.asarray(gaussian.mean, jnp.float32))
+    error = rounded(rounded(jnp.asarray(x, jnp.float32)) - mean)
+    return -rounded(reduce_latent(rounded(error * error), reduction))

@@ -1,0 +1,60 @@
+"""--mode=sample: a captioned data set of samples of the policy itself."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from tqdm import tqdm
+
+from ddrl_jax.checkpoint import Checkpoints
+from ddrl_jax.data.samples import write_samples
+from ddrl_jax.evaluate import chunks_of, make_sampler
+from ddrl_jax.learner import TrainState
+from ddrl_jax.program import Program, build
+from ddrl_jax.train import start
+from ddrl_jax.workdir import open_workdir
+
+SAMPLE_STREAM = 3_000_017  # folded into the seed: noise of its own
+
+
+def sample_mode(config: Any, workdir: str) -> None:
+    """Writes config.sample.per_prompt samples of every prompt as a TFDS data set.
+
+    The policy is the newest checkpoint of WORKDIR, or the starting weights where it
+    has none. The set can anchor DDRL: config.data.source="samples", data.path=FOLDER.
+
+    Args:
+      config: the whole configuration.
+      workdir: folder of a run; created if it is not there.
+
+    Raises:
+      UserError: the output folder exists already.
+    """
+    with open_workdir(workdir, config) as home:
+        output = Path(config.sample.output or home.root / "dataset")
+        program = build(config)
+        checkpoints = Checkpoints(home.checkpoints, 0, 1, read_only=True)
+        _, state, _ = start(program, checkpoints)
+        count = write_samples(output, _draw(program, state))
+    print(f"{count} samples of {len(program.prompts)} prompts: {output}", flush=True)
+
+
+def _draw(
+    program: Program, state: TrainState
+) -> Iterator[tuple[np.ndarray, tuple[str, ...]]]:
+    """Pictures and prompts, a microbatch at a time."""
+    config = program.config
+    index = np.repeat(
+        np.arange(len(program.prompts), dtype=np.int32), config.sample.per_prompt
+    )
+    sample = make_sampler(program, config.sample, config.evaluate.solver)
+    root = jax.random.fold_in(jax.random.key(config.seed), SAMPLE_STREAM)
+    size, done = config.train.microbatch, 0
+    parts = list(chunks_of(program, root, index))
+    for part in tqdm(parts, disable=not config.log.progress, unit="batch"):
+        rows = index[done : done + size]
+        images = jax.device_get(sample(state.ema, program.frozen, *part))
+        yield images[: len(rows)], tuple(program.prompts[i] for i in rows)
+        done += size
