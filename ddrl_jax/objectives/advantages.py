@@ -12,7 +12,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Real
 
 from ddrl_jax.errors import UserError
 
@@ -21,7 +21,7 @@ from ddrl_jax.errors import UserError
 DUST = 4 * float(np.finfo(np.float32).eps)
 
 # On the host or on a device.
-Rewards = Float[Array | np.ndarray, " b"]
+Rewards = Real[Array | np.ndarray, " b"]
 Ids = Int[Array | np.ndarray, " b"]
 Valid = Bool[Array | np.ndarray, " b"]
 
@@ -199,7 +199,7 @@ class PerPromptTracker(NamedTuple):
     ) -> Array:
         """Each reward against the ring of its own prompt."""
         prompts, size = self.buffer.shape
-        kept = jnp.arange(size) < self.count[:, None]
+        kept = jnp.arange(size)[None, :] < self.count[:, None]
         rows = jnp.repeat(jnp.arange(prompts), size)
         base, mean, deviation, flat = _statistics(
             self.buffer.ravel(), rows, kept.ravel(), prompts

@@ -126,8 +126,9 @@ def sparse_rwr_weights(
     fraction = percentile if percentile < 1.0 else percentile / 100.0
     rank = math.ceil(round(fraction * (rewards.shape[-1] - 1), RANK_DECIMALS))
     threshold = jnp.sort(rewards, axis=-1)[..., rank : rank + 1]
-    kept = jnp.where(jnp.isnan(rewards).any(-1, keepdims=True), jnp.nan, 1.0)
-    kept = kept * (rewards >= threshold)
+    kept = (rewards >= threshold).astype(jnp.float32)
+    broken = jnp.isnan(rewards).any(axis=-1, keepdims=True)
+    kept = jnp.where(broken, jnp.nan, kept)
     return kept / jnp.mean(kept, axis=-1, keepdims=True)
 
 

@@ -12,6 +12,10 @@ from jaxtyping import Array, Bool, Float, Int
 from ddrl_jax.errors import UserError
 from ddrl_jax.interfaces import Metrics
 
+# exp(80) = 6e34 can still be summed over a group in float32; advantages that far below
+# 0 mean a beta that is too small, and every clip range is met long before.
+MAX_EXPONENT = 80.0
+
 TRANSFORMS = ("linear", "neg_exp", "neg_exp_centered")
 
 
@@ -54,7 +58,8 @@ def reward_transform(
             wanted="one of " + ", ".join(TRANSFORMS),
             way_out="set policy.transform",
         )
-    transformed = jnp.where(valid, -jnp.exp(-jnp.where(valid, advantages, 0.0)), 0.0)
+    exponent = jnp.minimum(-advantages, MAX_EXPONENT)
+    transformed = jnp.where(valid, -jnp.exp(exponent), 0.0)
     if kind == "neg_exp":
         return transformed
     ids = jnp.zeros(valid.shape, jnp.int32) if group_ids is None else group_ids
@@ -126,10 +131,14 @@ def clipped_surrogate(
     log_prob = log_prob.astype(jnp.float32)
     old_log_prob = jax.lax.stop_gradient(old_log_prob.astype(jnp.float32))
     used, advantages = _used(advantages, mask)
-    # A ratio that overflowed would turn an unused sample into 0 * inf.
+    # Without `used`, a ratio that overflowed would make 0 * inf of an advantage of 0.
     ratio = jnp.exp(jnp.where(used, log_prob - old_log_prob, 0.0))
-    clipped = jnp.clip(ratio, 1.0 - clip_range, 1.0 + clip_range)
-    loss = jnp.mean(jnp.maximum(-advantages * ratio, -advantages * clipped))
+    low, high = 1.0 - clip_range, 1.0 + clip_range
+    # The maximum, branch by branch: autodiff of max and clip would halve the gradient
+    # where they tie, which is at r = 1 when c is below float32 resolution.
+    beyond = jnp.where(advantages > 0, ratio > high, ratio < low)
+    bounded = jnp.where(beyond, jnp.clip(ratio, low, high), ratio)
+    loss = jnp.mean(-advantages * bounded)
     return loss, ratio_metrics(log_prob, old_log_prob, clip_range, mask)
 
 
@@ -199,5 +208,5 @@ def _valid_mean(values: Array, mask: Array | None) -> Array:
     """Mean over the samples with mask True, 0 if there are none."""
     if mask is None:
         return jnp.mean(values)
-    count = jnp.maximum(jnp.sum(mask), 1)
+    count = jnp.maximum(jnp.sum(mask.astype(jnp.float32)), 1.0)
     return jnp.sum(jnp.where(mask, values, 0.0)) / count
