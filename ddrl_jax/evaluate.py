@@ -10,7 +10,7 @@ import numpy as np
 from ddrl_jax.data.prompts import choose_records, records_by_prompt
 from ddrl_jax.diffusion.schedules import flow_sigmas
 from ddrl_jax.diffusion.solvers import solve
-from ddrl_jax.interfaces import Cond
+from ddrl_jax.interfaces import Cond, DataSource
 from ddrl_jax.learner import TrainState
 from ddrl_jax.metrics import Metrics
 from ddrl_jax.objectives.data import denoising_loss
@@ -42,7 +42,8 @@ class Evaluation:
         self.judges = make_rewards(config.rewards, names=names)
         self.features = load_judge().features if _is_emoji(config) else None
         self._sample = make_sampler(program, config.evaluate, config.evaluate.solver)
-        self._loss = _make_data_loss(program) if program.source else None
+        source = program.source
+        self._loss = _make_data_loss(program, source) if source else None
 
     def run(self, state: TrainState, metrics: Metrics, epoch: int) -> dict[str, float]:
         """Samples, judges, writes a picture grid; returns the metrics of the epoch."""
@@ -82,8 +83,9 @@ class Evaluation:
         return values
 
     def data_loss(self, params: Any) -> float:
-        """Diffusion loss on fixed pictures, times and noise that training never draws."""
-        program = self.program
+        """Diffusion loss on pictures, times and noise that training never draws."""
+        program, loss = self.program, self._loss
+        assert loss is not None and program.source is not None, "no data to judge by"
         count = program.config.evaluate.data_samples
         index = np.arange(count, dtype=np.int32) % len(program.prompts)
         records_of = program.records_of or records_by_prompt(
@@ -92,7 +94,7 @@ class Evaluation:
         records = choose_records(index, records_of, program.config.seed, -1 % 2**31)
         root = jax.random.fold_in(jax.random.key(program.config.seed), DATA_STREAM)
         losses = [
-            self._loss(params, program.frozen, *part, place_batch(program.mesh, rows))
+            loss(params, program.frozen, *part, place_batch(program.mesh, rows))
             for part, rows in zip(
                 chunks_of(program, root, index),
                 _padded(records, program.config.train.microbatch),
@@ -129,7 +131,7 @@ def make_sampler(program: Program, settings: Any, solver: str):
 
 
 def evaluate_mode(config: Any, workdir: str) -> None:
-    """--mode=evaluate: judges the newest checkpoint of WORKDIR and prints the values."""
+    """--mode=evaluate: judges the newest checkpoint of WORKDIR, prints the values."""
     from ddrl_jax.checkpoint import Checkpoints
     from ddrl_jax.program import build
     from ddrl_jax.train import start
@@ -148,8 +150,8 @@ def evaluate_mode(config: Any, workdir: str) -> None:
         print(f"{name:32s} {value:.5g}")
 
 
-def _make_data_loss(program: Program):
-    objective, source = program.objective, program.source
+def _make_data_loss(program: Program, source: DataSource):
+    objective = program.objective
 
     @jax.jit
     def loss(params, frozen, keys, cond: Cond, records):

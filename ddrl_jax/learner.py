@@ -88,6 +88,7 @@ def data_loss(
     objective: Objective, params: Params, frozen: Params, item
 ) -> tuple[Float[Array, ""], Metrics]:
     """The data term of one microbatch: diffusion loss on captioned data."""
+    assert objective.source is not None, "a data term needs data"
     keys, data_keys, records, cond, time = item
     draw = jax.vmap(lambda k: jax.random.split(k, 4))(data_keys)
     x0 = objective.source.latents(records, draw[:, 0])
@@ -162,11 +163,11 @@ def apply_gradients(
     updates, opt_state = tx.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     ema = jax.tree.map(lambda a, p: decay * a + (1 - decay) * p, state.ema, params)
-    new = (state.step + 1, params, opt_state, ema)
-    old = (state.step, state.params, state.opt_state, state.ema)
+    bad = state.bad_updates
+    new = TrainState(state.step + 1, params, opt_state, ema, jnp.zeros_like(bad))
+    old = state._replace(bad_updates=bad + 1)
     chosen = jax.tree.map(lambda n, o: jnp.where(good, n, o), new, old)
-    bad = jnp.where(good, 0, state.bad_updates + 1)
-    return TrainState(*chosen, bad), metrics | {"grad_norm": norm}
+    return chosen, metrics | {"grad_norm": norm}
 
 
 def init_state(params: Params, tx: optax.GradientTransformation) -> TrainState:
@@ -219,8 +220,8 @@ def _drop_text(cond: Cond, uncond: Cond, dropped: Array) -> Cond:
     return jax.tree.map(drop, cond, uncond)
 
 
-def _stack(chunks: tuple[Minibatch, ...]) -> Minibatch:
-    """Microbatches as the rollout made them -> leaves [m b ...]."""
+def _stack(chunks: tuple[Minibatch, ...]) -> Any:
+    """Microbatches as the rollout made them -> one with leaves [m b ...]."""
     return jax.tree.map(lambda *leaves: jnp.stack(leaves), *chunks)
 
 

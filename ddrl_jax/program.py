@@ -72,11 +72,10 @@ def build(config) -> Program:
     pipeline = PIPELINES[config.model.name](config)
     kernel = make_kernel(config.sampler, pipeline.prediction)
     source = make_source(config)
-    prompts = prompt_list(
-        config.prompts, source.captions if source else (), config.seed
-    )
+    captions = source.captions if source else ()
+    prompts = prompt_list(config.prompts, captions, config.seed)
     needs_data = config.data_term.weight > 0
-    records = records_by_prompt(prompts, source.captions) if needs_data else ()
+    records = records_by_prompt(prompts, captions) if needs_data else ()
     objective = make_objective(config, pipeline, kernel, source if needs_data else None)
     tx = make_optimizer(config.optimizer, total_updates(config))
     base, shapes, shardings = _initial_params(config, pipeline, mesh)
@@ -230,7 +229,13 @@ def _state_shardings(shapes, shardings, tx, mesh: Mesh) -> TrainState:
         by_shape[leaf.shape] = sharding
     everywhere = replicated(mesh)
     opt = jax.tree.map(lambda a: by_shape.get(a.shape, everywhere), state.opt_state)
-    return TrainState(everywhere, shardings, opt, shardings, everywhere)
+    return state._replace(
+        step=everywhere,
+        params=shardings,
+        opt_state=opt,
+        ema=shardings,
+        bad_updates=everywhere,
+    )
 
 
 def _abstract(shapes, states: TrainState, tx) -> TrainState:

@@ -97,7 +97,8 @@ def run(
     if stop.requested:
         checkpoints.wait()
         print(
-            f"{stop.signal_name}: epoch {epoch} is saved; the same command goes on there",
+            f"{stop.signal_name}: epoch {epoch} is saved; "
+            "the same command goes on there",
             file=sys.stderr,
             flush=True,
         )

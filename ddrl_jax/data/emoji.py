@@ -7,6 +7,7 @@ one stack of 64 px pictures; a record and a key give the same picture anywhere.
 
 from functools import partial
 from pathlib import Path
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -31,7 +32,7 @@ def read_emoji(
     import tensorflow_datasets as tfds  # slow import, only where data is read
 
     try:
-        builder = tfds.builder_from_directory(str(root))
+        builder = cast(Any, tfds.builder_from_directory(str(root)))
         records = builder.as_data_source("train")
         rows = records.__getitems__(list(range(len(records))))
     except Exception as e:

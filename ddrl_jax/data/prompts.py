@@ -89,7 +89,7 @@ def draw_prompts(
     )
     index = np.repeat(chosen, group_size)
     group = np.repeat(np.arange(per_epoch, dtype=np.int32), group_size)
-    return Prompts(tuple(prompts[i] for i in index), index, group)
+    return Prompts(tuple(prompts[int(i)] for i in index), index, group)
 
 
 def choose_records(

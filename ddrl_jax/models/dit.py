@@ -5,13 +5,15 @@ picture has no seams at patch borders; the caption's words join the sequence and
 one vector, modulate every block (adaLN-zero).
 """
 
+from typing import Any, cast
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from ddrl_jax.models.attention import attention
-from ddrl_jax.models.layers import Dense, rms_norm, time_features
+from ddrl_jax.models.layers import Dense, rms_norm, time_features, weight
 
 
 def overlapping_patches(
@@ -36,10 +38,11 @@ def overlap_add(
     h, w, c = shape
     b, rows, columns, half = tokens.shape[0], h // patch, w // patch, patch // 2
     parts = tokens.reshape(b, rows, columns, 4, -1)
-    cells = sum(
+    shifted = (
         jnp.pad(parts[:, :, :, k], ((0, 0), (i, 1 - i), (j, 1 - j), (0, 0)))
         for k, (i, j) in enumerate(_CORNERS)
     )
+    cells = sum(shifted, start=jnp.zeros((), tokens.dtype))
     cells = cells.reshape(b, rows + 1, columns + 1, patch, patch, c)
     x = cells.transpose(0, 1, 3, 2, 4, 5).reshape(b, h + patch, w + patch, c)
     return x[:, half : half + h, half : half + w]
@@ -131,7 +134,8 @@ class DiT(nn.Module):
         shift, scale = jnp.split(self._head(2 * self.width, "final", c)[:, None], 2, -1)
         x = rms_norm(x) * (1 + scale) + shift
         x = self._head(4 * self.patch**2 * z.shape[-1], "output", x)
-        return overlap_add(x.astype(jnp.float32), self.patch, z.shape[1:])
+        _, h, w, channels = z.shape
+        return overlap_add(x.astype(jnp.float32), self.patch, (h, w, channels))
 
     def _head(self, features: int, name: str, x: Array) -> Array:
         layer = Dense(
@@ -140,13 +144,13 @@ class DiT(nn.Module):
         return layer(x)
 
     def _table(self, name: str, rows: int) -> Array:
-        init = nn.with_partitioning(nn.initializers.normal(0.02), (None, "embed"))
-        return self.param(name, init, (rows, self.width)).astype(self.dtype)
+        init, axes = nn.initializers.normal(0.02), (None, "embed")
+        return weight(self, name, init, (rows, self.width), axes).astype(self.dtype)
 
     def _condition(self, time: Array, tokens: Array) -> tuple[Array, Array]:
         """Word states [b l d] and the vector [b d] that modulates the blocks."""
-        init = nn.with_partitioning(nn.initializers.normal(1.0), ("vocab", "embed"))
-        table = self.param("words", init, (self.vocabulary, self.width))
+        init, axes = nn.initializers.normal(1.0), ("vocab", "embed")
+        table = weight(self, "words", init, (self.vocabulary, self.width), axes)
         words = table[tokens] + self._table("word_position", self.length)
         present = (tokens > 0)[..., None]
         pooled = jnp.sum(words * present, axis=1)
@@ -165,7 +169,7 @@ class DiT(nn.Module):
             block,
             variable_axes={"params": 0, "lora": 0},
             split_rngs={"params": True, "lora": True},
-            in_axes=nn.broadcast,
+            in_axes=cast(Any, nn.broadcast),  # Flax's annotation forgets it
             length=self.depth,
             metadata_params={nn.PARTITION_NAME: "layers"},
         )

@@ -4,6 +4,7 @@ import difflib
 import hashlib
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -55,7 +56,8 @@ def tokenize(
                     wanted="words of the captions" + f" (near: {', '.join(near)})"
                     if near
                     else f"one of the {len(vocabulary)} words of the captions",
-                    way_out="use other words; ddrl_jax/assets/emoji/words.txt lists all",
+                    way_out="use other words; all are in "
+                    "ddrl_jax/assets/emoji/words.txt",
                 )
             ids[row, column] = vocabulary[word]
     return ids
@@ -90,13 +92,13 @@ def read_params(path: Path) -> Params:
 def write_params(path: Path, params: Params, dtype: str = "float16") -> None:
     """Writes a nested dict of arrays as a compressed .npz, by default in half."""
     flat = traverse_util.flatten_dict(jax.device_get(params), sep="/")
-    np.savez_compressed(path, **{k: np.asarray(v, dtype) for k, v in flat.items()})
+    arrays: dict[str, Any] = {k: np.asarray(v, dtype) for k, v in flat.items()}
+    np.savez_compressed(path, **arrays)
 
 
 def check_params(params: Params, shapes: Params, source: Path) -> None:
     """Raises UserError unless a tree has exactly the leaves and shapes wanted."""
-    got = {k: v.shape for k, v in traverse_util.flatten_dict(params, sep="/").items()}
-    want = {k: v.shape for k, v in traverse_util.flatten_dict(shapes, sep="/").items()}
+    got, want = _leaf_shapes(params), _leaf_shapes(shapes)
     if got == want:
         return
     names = sorted(k for k in got.keys() | want.keys() if got.get(k) != want.get(k))
@@ -108,6 +110,11 @@ def check_params(params: Params, shapes: Params, source: Path) -> None:
         way_out="set config.model width, depth, heads and patch to those of the "
         "weights, or choose other weights with config.model.init",
     )
+
+
+def _leaf_shapes(tree: Params) -> dict[str, tuple[int, ...]]:
+    flat: Any = traverse_util.flatten_dict(tree, sep="/").items()
+    return {name: leaf.shape for name, leaf in flat}
 
 
 def emoji_pipeline(config) -> Pipeline:
@@ -141,7 +148,7 @@ def emoji_pipeline(config) -> Pipeline:
         trees = network.init({"params": params_key, "lora": lora_key}, *example)
         return {"params": trees["params"], "lora": trees.get("lora")}
 
-    def denoise(params, lora, z, time, cond):
+    def denoise(params, lora, z, time, cond) -> Any:
         trees = {"params": params} | ({} if lora is None else {"lora": lora})
         return network.apply(trees, z, time, cond.emb)
 

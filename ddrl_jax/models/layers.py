@@ -4,11 +4,28 @@ Logical names: "embed" (model width), "mlp" (hidden width), "heads" (heads x dim
 "vocab", "layers" (stacked blocks), "lora_rank". sharding.py maps them to mesh axes.
 """
 
+from typing import Any
+
 import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 NORM_EPSILON = 1e-6  # under the root of a variance: a constant row must not be 0 / 0
+
+
+def weight(
+    module: nn.Module, name: str, init: Any, shape: tuple[int, ...], axes: tuple
+) -> Any:
+    """A parameter of a module with logical axes, as a plain array.
+
+    Args:
+      module: in whose compact method this is called.
+      name: of the parameter.
+      init: (key, shape) -> array.
+      shape: of the parameter.
+      axes: a logical name, or None, for each of its axes.
+    """
+    return module.param(name, nn.with_partitioning(init, axes), shape)
 
 
 class Dense(nn.Module):
@@ -35,11 +52,8 @@ class Dense(nn.Module):
     def __call__(self, x: Float[Array, "*b i"]) -> Float[Array, "*b o"]:
         """Applies the layer to the last axis."""
         init = nn.initializers.zeros if self.zero else nn.initializers.xavier_uniform()
-        kernel = self.param(
-            "kernel",
-            nn.with_partitioning(init, self.axes),
-            (x.shape[-1], self.features),
-        )
+        shape = (x.shape[-1], self.features)
+        kernel = weight(self, "kernel", init, shape, self.axes)
         # Two-dimensional operands: XLA's weight gradient of a 3-D product is twice
         # as slow on CPU.
         rows = x.reshape(-1, x.shape[-1]).astype(self.dtype)
@@ -47,11 +61,8 @@ class Dense(nn.Module):
         if self.rank and self.has_lora():
             y = y + self._low_rank(rows)
         if self.use_bias:
-            bias = self.param(
-                "bias",
-                nn.with_partitioning(nn.initializers.zeros, self.axes[1:]),
-                (self.features,),
-            )
+            zeros = nn.initializers.zeros
+            bias = weight(self, "bias", zeros, (self.features,), self.axes[1:])
             y = y + bias.astype(self.dtype)
         return y.reshape(*x.shape[:-1], self.features)
 
@@ -60,10 +71,10 @@ class Dense(nn.Module):
         return self.is_initializing() or self.has_variable("lora", "a")
 
     def _low_rank(self, rows: Array) -> Array:
-        def factor(name, init, shape, axes):
+        def factor(name, init, shape, axes) -> Any:
             boxed = nn.with_partitioning(init, axes)
             make = lambda: boxed(self.make_rng("lora"), shape, jnp.float32)  # noqa: E731
-            return self.variable("lora", name, make).value.astype(self.dtype)
+            return self.variable("lora", name, make).value
 
         gaussian = nn.initializers.normal(1.0 / self.rank)
         a = factor("a", gaussian, (rows.shape[-1], self.rank), (self.axes[0], None))
@@ -71,7 +82,7 @@ class Dense(nn.Module):
             "b", nn.initializers.zeros, (self.rank, self.features), (None, self.axes[1])
         )
         scale = (self.alpha or self.rank) / self.rank
-        return (rows @ a) @ b * scale
+        return (rows @ a.astype(self.dtype)) @ b.astype(self.dtype) * scale
 
 
 def rms_norm(x: Float[Array, "*b d"]) -> Float[Array, "*b d"]:
