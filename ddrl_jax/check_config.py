@@ -12,6 +12,10 @@ from typing import Any
 from ddrl_jax.check_objective import check_objective
 from ddrl_jax.config_rules import check_keys, near, require
 from ddrl_jax.data.prompts import prompt_list
+from ddrl_jax.diffusion.kernels import KERNELS
+from ddrl_jax.diffusion.solvers import METHODS
+from ddrl_jax.models.attention import IMPLEMENTATIONS
+from ddrl_jax.rewards.registry import REWARDS
 
 
 def check_config(config: Any, device_count: int) -> None:
@@ -25,6 +29,7 @@ def check_config(config: Any, device_count: int) -> None:
       UserError: the first key, combination of keys or file that is wrong.
     """
     check_keys(config)
+    _check_names(config)
     _check_network(config)
     _check_data(config)
     _check_prompts(config)
@@ -33,6 +38,25 @@ def check_config(config: Any, device_count: int) -> None:
     _check_mesh(config, device_count)
     _check_optimizer(config)
     _check_outputs(config)
+
+
+def _check_names(config: Any) -> None:
+    """The names of samplers, solvers, attention and rewards are those of the code."""
+    used = [
+        ("sampler.kernel", config.sampler.kernel, KERNELS),
+        ("evaluate.solver", config.evaluate.solver, METHODS),
+        ("model.attention", config.model.attention, tuple(IMPLEMENTATIONS)),
+        *(("rewards.weights", name, tuple(REWARDS)) for name in config.rewards.weights),
+        *(("rewards.heldout", name, tuple(REWARDS)) for name in config.rewards.heldout),
+    ]
+    for path, name, names in used:
+        require(
+            name in names,
+            f"{path} has an unknown name",
+            got=repr(name),
+            wanted="one of " + ", ".join(names),
+            way_out=near(name, names) + f"change {path}",
+        )
 
 
 def _check_network(config: Any) -> None:

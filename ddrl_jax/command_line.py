@@ -12,13 +12,13 @@ from typing import Any, NamedTuple
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from ddrl_jax.config_rules import flatten, near, plain
+from ddrl_jax.config_rules import RULES, flatten, near, plain
 from ddrl_jax.errors import UserError
 
 MODES = {
     "train": "train, or go on where the workdir stopped",
     "evaluate": "judge the weights of the workdir on fixed prompts and noise",
-    "sample": "write a data set of samples of the starting policy",
+    "sample": "write a data set of samples of the workdir's weights, or of the first",
     "export": "write the averaged weights of the workdir to a file",
     "report": "write report.html from what the workdir holds; needs no --config",
 }
@@ -122,11 +122,18 @@ def load_config(spec: str) -> ConfigDict:
     """
     name, _, variant = spec.partition(":")
     path = Path(name).expanduser()
-    if not name or not path.is_file():
-        known = [str(p) for p in path.parent.glob("*.py")] if name else []
+    if not name:
         raise UserError(
-            "the configuration file does not exist" if name else "--config is missing",
-            got=name or "no file",
+            "--config is missing",
+            got="no file",
+            wanted="a Python file with get_config(), as those in configs/",
+            way_out=f"for example {USAGE}",
+        )
+    if not path.is_file():
+        known = [str(p) for p in path.parent.glob("*.py")]
+        raise UserError(
+            "there is no such configuration file",
+            got=f"{name}, which is a folder" if path.is_dir() else name,
             wanted="a Python file with get_config(), as those in configs/",
             way_out=near(name, known) + f"for example {USAGE}",
         )
@@ -163,8 +170,9 @@ def _config_errors(name: str) -> Iterator[None]:
     try:
         yield
     except (Exception, SystemExit) as e:
-        lines = [f for f in traceback.extract_tb(e.__traceback__) if name in f.filename]
-        line = getattr(e, "lineno", None) or (lines[-1].lineno if lines else None)
+        frames = traceback.extract_tb(e.__traceback__)
+        lines = [f.lineno for f in frames if Path(f.filename).name == Path(name).name]
+        line = getattr(e, "lineno", None) or (lines[-1] if lines else None)
         where = f" (line {line})" if line else ""
         raise UserError(
             f"the configuration {name} can not be loaded",
@@ -226,30 +234,33 @@ def _check_reward_key(weights: Any, key: str) -> None:
     name = key.removeprefix("rewards.weights.")
     if name in weights:
         return
+    from ddrl_jax.rewards.registry import REWARDS  # slow import, only for this message
+
+    hint = near(name, tuple(REWARDS)) + f"there are {', '.join(REWARDS)}"
+    if name in REWARDS:
+        hint = f"replace the table: --config.rewards.weights=\"{{'{name}': 1.0}}\""
     raise UserError(
         f"rewards.weights has no reward {name!r} to change",
         got=f"rewards.weights {plain(weights)}",
         wanted="a name of this table",
-        way_out=near(name, tuple(weights))
-        + f"or replace the table: --config.rewards.weights=\"{{'{name}': 1.0}}\"",
+        way_out=hint,
     )
 
 
 def _override_error(config: ConfigDict, message: str) -> UserError:
     """What absl says of a value that does not fit, as got, wanted and way out."""
     found = re.search(r"flag --config\.([\w.]+)=(.*?): ", message, re.DOTALL)
-    key = found[1] if found else ""
-    if found and key in flatten(config):
-        default = plain(flatten(config)[key])
+    if found and found[1] in RULES:
+        default = plain(flatten(config)[found[1]])
         return UserError(
-            f"{key} has a value of the wrong type",
+            f"{found[1]} has a value of the wrong type",
             got=repr(found[2]),
-            wanted=f"a value of type {type(default).__name__}, like {default!r}",
-            way_out=f"correct --config.{key}",
+            wanted=f"{RULES[found[1]].wanted} (here it is {default!r})",
+            way_out=f"correct --config.{found[1]}",
         )
     return UserError(
         "an override of the configuration can not be applied",
         got=" ".join(message.split()),
-        wanted="--config.KEY=VALUE, each key once, with a value like its default",
+        wanted="--config.KEY=VALUE, with a value like the default of the key",
         way_out="configs/base.py shows every key with its default",
     )

@@ -144,13 +144,6 @@ def _export(config: ConfigDict, workdir: str) -> None:
 
 
 def _report(workdir: str) -> None:
-    if not os.path.isdir(workdir):
-        raise UserError(
-            "there is no run to report on",
-            got=f"no folder {workdir}",
-            wanted="the --workdir of a run",
-            way_out="correct --workdir, or train first",
-        )
     from ddrl_jax.report import write_report
 
     print(write_report(workdir))

@@ -1,0 +1,195 @@
+"""Files, batches, devices and outputs, each by a direct call; and the experiments."""
+
+import pathlib
+
+import pytest
+from edited_config import configured, refused
+
+from ddrl_jax.check_config import check_config
+from ddrl_jax.command_line import load_config
+
+CONFIGS = pathlib.Path(__file__).resolve().parents[1] / "configs"
+EXPERIMENTS = sorted({p.stem for p in CONFIGS.glob("*.py")} - {"base", "smoke"})
+
+# edits, words of the message, and an edit that puts it right
+COMBINATIONS = {
+    # network
+    "heads": ({"model.width": 100}, "model.heads", {"model.heads": 5}),
+    "patch": ({"model.patch": 6}, "model.image_size", {"model.image_size": 36}),
+    "odd width": ({"model.width": 33, "model.heads": 3}, "odd", {"model.width": 36}),
+    "odd patch": ({"model.patch": 1}, "odd", {"model.patch": 2}),
+    "lora": ({"lora.rank": 193}, "lora.rank", {"lora.rank": 192}),
+    "alpha": ({"lora.alpha": 8.0}, "lora.alpha", {"lora.rank": 4}),
+    "init": ({"model.init": "asset"}, '"assets"', {"model.init": "assets"}),
+    "weights": ({"model.init": "no/such.npz"}, ".npz", {"model.init": "random"}),
+    # data and prompts
+    "scales": ({"data.min_scale": 1.0, "data.max_scale": 0.5}, "max_scale",
+               {"data.max_scale": 1.0}),
+    "samples": ({"data.source": "samples"}, "data.path", {"data.source": "emoji"}),
+    "samples, no folder": ({"data.source": "samples", "data.path": "no/such"},
+                           "no/such", {"data.path": "."}),
+    "no captions": ({"data.source": "none"}, "captions",
+                    {"prompts.source": "list", "prompts.list": ("a dog",)}),
+    "no list": ({"prompts.source": "list"}, "prompts.list",
+                {"prompts.list": ("a dog",)}),
+    "no file": ({"prompts.source": "file"}, "prompts.path", {"prompts.source": "data"}),
+    "limit": ({"prompts.source": "list", "prompts.list": ("a", "b"),
+               "prompts.limit": 3}, "limit", {"prompts.limit": 2}),
+    # batches, optimizer, outputs
+    "minibatches": ({"train.minibatches": 3}, "train.minibatches",
+                    {"prompts.per_epoch": 6}),
+    "microbatch": ({"train.microbatch": 24}, "to 8", {"train.microbatch": 8}),
+    "microbatch too large": ({"train.microbatch": 64}, "to 32",
+                             {"train.minibatches": 1}),
+    "cosine": ({"optimizer.schedule": "cosine", "optimizer.warmup": 60}, "warm-up",
+               {"optimizer.warmup": 59}),
+    "pictures": ({"evaluate.pictures": 65}, "evaluate.pictures",
+                 {"evaluate.samples": 65}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", COMBINATIONS)
+def test_keys_that_do_not_go_together(case):
+    edits, word, remedy = COMBINATIONS[case]
+    message = str(refused(edits))
+    assert word in message
+    check_config(configured(edits | remedy), 1)
+
+
+def test_a_logger_that_is_not_installed(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert "pip install tensorboardX" in refused({}).way_out
+    error = refused({"log.tensorboard": False, "log.wandb": True})
+    assert "log.wandb" in error.what
+    check_config(configured({"log.tensorboard": False}), 1)
+
+
+@pytest.mark.parametrize(
+    ("path", "misspelt", "name"),
+    [
+        ("sampler.kernel", "flow_gpro", "flow_grpo"),
+        ("sampler.kernel", "DDIM", ""),
+        ("evaluate.solver", "heum", "heun"),
+        ("model.attention", "xlaa", "xla"),
+        ("rewards.weights", {"compresibility": 1.0}, "compressibility"),
+        ("rewards.weights", {"compressibility": 1.0, "beauty": 1.0}, ""),
+        ("rewards.heldout", ("retrival",), "retrieval"),
+        ("rewards.heldout", ("retrieval", "Retrieval"), "retrieval"),
+    ],
+)
+def test_an_unknown_name_brings_the_near_one(path, misspelt, name):
+    error = refused({path: misspelt})
+    assert f"{path} has an unknown name" == error.what
+    assert (f'did you mean "{name}"?' in error.way_out) == bool(name)
+    assert name in error.wanted
+
+
+# ---- files
+
+
+def test_prompt_files(tmp_path):
+    def with_file(content: bytes, limit: int = 0) -> dict:
+        path = tmp_path / "prompts.txt"
+        path.write_bytes(content)
+        return {
+            "prompts.source": "file",
+            "prompts.path": str(path),
+            "prompts.limit": limit,
+        }
+
+    check_config(configured(with_file("a café\n\na dog".encode(), limit=2)), 1)
+    assert "limit" in refused(with_file(b"a dog\n\n", limit=2)).what
+    for content in (b"", b" \n\n", b"a caf\xe9"):
+        assert "prompts.txt" in refused(with_file(content)).what
+    missing = with_file(b"") | {"prompts.path": str(tmp_path / "missing.txt")}
+    assert "missing.txt" in refused(missing).what
+    folder = with_file(b"") | {"prompts.path": str(tmp_path)}
+    assert str(tmp_path) in refused(folder).what
+
+
+def test_weights_that_are_there(tmp_path):
+    (tmp_path / "mine.npz").write_bytes(b"")
+    (tmp_path / "mine.ckpt").write_bytes(b"")
+    check_config(configured({"model.init": str(tmp_path / "mine.npz")}), 1)
+    refused({"model.init": str(tmp_path / "mine.ckpt")})
+    refused({"model.init": str(tmp_path)})
+
+
+# ---- devices
+
+MESHES = {
+    # mesh (data, fsdp, tensor, context), devices, whether 16 samples fit on it
+    "one": ((-1, 1, 1, 1), 1, True),
+    "eight": ((-1, 1, 1, 1), 8, True),
+    "mixed": ((2, -1, 2, 1), 8, True),
+    "exact": ((4, 2, 1, 1), 8, True),
+    "two free": ((-1, -1, 1, 1), 8, False),
+    "too few": ((4, 1, 1, 1), 8, False),
+    "too many": ((16, 1, 1, 1), 8, False),
+    "not whole": ((-1, 3, 1, 1), 8, False),
+    "fsdp above devices": ((-1, 16, 1, 1), 8, False),
+    "samples over 32": ((-1, 1, 1, 1), 32, False),
+    "samples over 3": ((-1, 1, 1, 1), 3, False),
+    "tensor takes no samples": ((1, 1, 32, 1), 32, True),
+}
+
+
+@pytest.mark.parametrize("case", MESHES)
+def test_the_mesh_covers_the_devices_and_splits_the_samples(case):
+    sizes, devices, fits = MESHES[case]
+    axes = ("data", "fsdp", "tensor", "context")
+    edits = {f"mesh.{a}": n for a, n in zip(axes, sizes, strict=True)}
+    if fits:
+        check_config(configured(edits), devices)
+        return
+    error = refused(edits, devices)
+    assert "mesh" in str(error) and "way out" in str(error)
+
+
+# ---- the experiments
+
+ROWS = {
+    # kernel, advantages, term, log-prob, KL, data term, guidance: design's table
+    "quickstart": ("flow_grpo", "group", "clipped", "gaussian", False, True, False),
+    "ddpo_sf": ("ddim", "tracker", "reinforce", "gaussian", False, False, True),
+    "ddpo_is": ("ddim", "tracker", "clipped", "gaussian", False, False, True),
+    "flow_grpo": ("flow_grpo", "group", "clipped", "gaussian", True, False, False),
+    "ddrl_paper": ("flow_grpo", "group", "clipped", "gaussian", False, True, False),
+    "ddrl_cosmos": ("edm", "group", "clipped", "squared_error", False, True, False),
+}
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+@pytest.mark.parametrize("variant", ["", "smoke"])
+def test_an_experiment_passes_on_one_device_and_on_eight(name, variant):
+    config = load_config(f"{CONFIGS / name}.py:{variant}")
+    for devices in (1, 8):
+        check_config(config, devices)
+    small = config.model.width == 32 and config.train.epochs == 2
+    assert small == (variant == "smoke")
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_the_header_of_an_experiment_gives_its_command(name):
+    text = (CONFIGS / f"{name}.py").read_text()
+    assert f"python -m ddrl_jax.main --config=configs/{name}.py" in text
+    assert load_config(f"{CONFIGS / name}.py").name == name
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_an_experiment_is_the_row_it_says(name):
+    c = load_config(f"{CONFIGS / name}.py")
+    assert ROWS[name] == (
+        c.sampler.kernel,
+        c.advantages.kind,
+        c.policy.term,
+        c.policy.log_prob,
+        c.policy.kl_weight > 0,
+        c.data_term.weight > 0,
+        c.sampler.guidance_scale > 1,
+    )
+
+
+def test_pre_training_has_no_policy_term():
+    c = load_config(f"{CONFIGS / 'emoji_pretrain'}.py")
+    assert (c.policy.weight, c.data_term.weight, c.model.init) == (0, 1, "random")

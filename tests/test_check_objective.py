@@ -1,0 +1,91 @@
+"""Rewards, terms and trained steps that do not go together, each with its remedy."""
+
+import pytest
+from edited_config import configured, refused
+
+from ddrl_jax.check_config import check_config
+
+GROUP_OF_ONE = {"prompts.group_size": 1, "prompts.per_epoch": 64}
+PRETRAIN = {"policy.weight": 0.0, "data_term.weight": 1.0}
+EDM = {"sampler.kernel": "edm", "policy.train_steps": 0}
+# edits, words of the message, and an edit that puts it right
+COMBINATIONS = {
+    # rewards and terms
+    "nothing to train": ({"policy.weight": 0.0}, "nothing to train",
+                         {"data_term.weight": 1.0}),
+    "no reward": ({"rewards.weights": {}}, "reward", PRETRAIN),
+    "rewards of weight 0": ({"rewards.weights": {"compressibility": 0.0}}, "reward",
+                            {"rewards.weights": {"incompressibility": 1.0}}),
+    "held out": ({"rewards.weights": {"retrieval": 1.0}}, "held-out",
+                 {"rewards.heldout": ()}),
+    "kl without rollouts": (PRETRAIN | {"policy.kl_weight": 0.1}, "policy.kl_weight",
+                            {"policy.kl_weight": 0.0}),
+    "group of one": (GROUP_OF_ONE, "group_size", {"advantages.kind": "batch"}),
+    "group of one, tracker": (GROUP_OF_ONE, "group_size",
+                              {"advantages.kind": "tracker"}),
+    "one sample": ({"prompts.group_size": 1, "prompts.per_epoch": 1,
+                    "train.minibatches": 1, "train.microbatch": 1,
+                    "advantages.kind": "batch"}, "one sample",
+                   {"prompts.group_size": 2}),
+    "tracker": ({"advantages.kind": "tracker", "advantages.tracker_min": 17},
+                "tracker_min", {"advantages.tracker_size": 17}),
+    "reinforce, minibatches": ({"policy.term": "reinforce"}, "REINFORCE",
+                               {"train.minibatches": 1}),
+    "reinforce, inner": ({"policy.term": "reinforce", "train.minibatches": 1,
+                          "train.inner_epochs": 2}, "REINFORCE",
+                         {"train.inner_epochs": 1}),
+    "exact": ({"policy.old_log_prob": "exact", "train.inner_epochs": 2},
+              "inner_epochs", {"train.inner_epochs": 1}),
+    "drawn and named": ({"policy.train_on": (0,), "policy.per_sample_steps": True},
+                        "per_sample_steps", {"policy.per_sample_steps": False}),
+    "data": ({"data_term.weight": 0.1, "data.source": "none",
+              "prompts.source": "list", "prompts.list": ("a dog",)},
+             "data.source", {"data_term.weight": 0.0}),
+    "levels": (PRETRAIN | {"data_term.levels": "rollout"}, "levels",
+               {"policy.weight": 1.0}),
+    "every step": (PRETRAIN | {"data_term.every_step": True}, "every",
+                   {"policy.weight": 1.0}),
+    # trained steps
+    "beyond": ({"policy.train_on": (0, 10)}, "step 10", {"policy.train_on": (0, 8)}),
+    "last step": ({"policy.train_on": (9,)}, "0-8",
+                  {"sampler.last_step": "stochastic"}),
+    "last step of dance": ({"sampler.kernel": "dance", "policy.train_on": (9,)}, "0-8",
+                           {"sampler.last_step": "stochastic"}),
+    "last step of cps": ({"sampler.kernel": "cps", "policy.train_on": (9,),
+                          "sampler.last_step": "stochastic"}, "0-8",
+                         {"policy.train_on": (8,)}),
+    "last step of edm": (EDM | {"policy.train_on": (9,)}, "0-8",
+                         {"policy.train_on": (8,)}),
+    "more steps": ({"policy.train_steps": 10}, "at most 9", {"policy.train_steps": 9}),
+    "all of ddim": ({"sampler.kernel": "ddim", "policy.train_steps": 11}, "at most 10",
+                    {"policy.train_steps": 10}),
+    "one step": ({"sampler.steps": 1, "policy.train_steps": 1}, "no noise",
+                 {"sampler.last_step": "stochastic"}),
+    "one step of edm": (EDM | {"sampler.steps": 1}, "no noise", {"sampler.steps": 2}),
+    "eta 0": ({"sampler.kernel": "ddim", "sampler.eta": 0.0}, "eta 0", PRETRAIN),
+    "eta 0 of dance": ({"sampler.kernel": "dance", "sampler.eta": 0.0}, "eta 0",
+                       {"sampler.eta": 0.3}),
+    "noise 0": ({"sampler.noise_level": 0.0}, "noise_level 0",
+                {"sampler.noise_level": 0.1}),
+    "churn 0": (EDM | {"sampler.churn": 0.0}, "churn 0", {"sampler.churn": 0.5}),
+    "eta above 1": ({"sampler.kernel": "ddim", "sampler.eta": 1.1}, "sampler.eta",
+                    {"sampler.kernel": "dance"}),
+    "cps above 1": ({"sampler.kernel": "cps", "sampler.noise_level": 1.1},
+                    "noise_level", {"sampler.kernel": "flow_grpo"}),
+    "sigmas": (EDM | {"sampler.sigma_min": 90.0}, "sigma",
+               {"sampler.sigma_max": 200.0}),
+    "ddim steps": ({"sampler.kernel": "ddim", "sampler.steps": 1000}, "sampler.steps",
+                   {"sampler.steps": 999}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", COMBINATIONS)
+def test_keys_that_do_not_go_together(case):
+    edits, word, remedy = COMBINATIONS[case]
+    message = str(refused(edits))
+    assert word in message
+    check_config(configured(edits | remedy), 1)
+
+
+def test_steps_without_noise_are_of_no_concern_where_there_are_no_rollouts():
+    check_config(configured(PRETRAIN | {"sampler.noise_level": 0.0}), 1)

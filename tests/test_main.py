@@ -1,0 +1,237 @@
+"""The command line: what is understood, what is called, and how a command ends."""
+
+import errno
+import os
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import jax
+import pytest
+
+from ddrl_jax.command_line import MODES, load_config, parse
+from ddrl_jax.errors import UserError
+from ddrl_jax.main import run
+
+ROOT = Path(__file__).resolve().parents[1]
+SMOKE = f"--config={ROOT}/configs/quickstart.py:smoke"
+CALLS = {
+    "train": ("train", "train"),
+    "evaluate": ("evaluate", "evaluate_mode"),
+    "sample": ("sample", "sample_mode"),
+    "export": ("export", "export_mode"),
+    "report": ("report", "write_report"),
+}
+
+
+@pytest.fixture
+def stand_in(monkeypatch):
+    """Puts a function in the place of a mode, so that nothing is trained."""
+    kept = jax.config.jax_compilation_cache_dir  # pyright: ignore
+
+    def replace(mode: str, function) -> None:
+        module, name = CALLS[mode]
+        fake = types.SimpleNamespace(**{name: function})
+        monkeypatch.setitem(sys.modules, f"ddrl_jax.{module}", fake)
+
+    yield replace
+    jax.config.update("jax_compilation_cache_dir", kept)
+
+
+def understood(*arguments: str):
+    return parse(["main", SMOKE, "--workdir=w", *arguments]).config
+
+
+# ---- what is understood
+
+
+def test_overrides_reach_the_configuration_whatever_their_order_and_form():
+    command = parse(
+        ["main", "--config.train.epochs=7", "--workdir=w", SMOKE]
+        + ["--config.optimizer.lr", "1", "--mode=evaluate", "--noconfig.log.progress"]
+    )
+    config = command.config
+    assert (command.mode, command.workdir) == ("evaluate", "w")
+    assert (config.train.epochs, config.log.progress) == (7, False)
+    assert config.optimizer.lr == 1.0 and isinstance(config.optimizer.lr, float)
+
+
+@pytest.mark.parametrize("text", ["(0,2)", "0,2", "[0, 2]"])
+def test_a_tuple_can_be_written_in_several_ways(text):
+    assert understood(f"--config.policy.train_on={text}").policy.train_on == (0, 2)
+
+
+def test_a_table_of_rewards_is_replaced_as_a_whole_and_changed_in_part():
+    replaced = understood("--config.rewards.weights={'incompressibility': 2.0}")
+    assert replaced.rewards.weights.to_dict() == {"incompressibility": 2.0}
+    changed = understood("--config.rewards.weights.compressibility=2")
+    assert changed.rewards.weights.to_dict() == {"compressibility": 2.0}
+
+
+def test_negative_numbers_and_later_values_count():
+    assert understood("--config.mesh.data=2", "--config.mesh.data=-1").mesh.data == -1
+
+
+def test_the_variant_reaches_get_config_and_the_configuration_is_locked():
+    assert load_config(f"{ROOT}/configs/quickstart.py").train.epochs == 30
+    config = load_config(f"{ROOT}/configs/quickstart.py:smoke")
+    assert config.train.epochs == 2 and config.is_locked
+    with pytest.raises(AttributeError):
+        config.new_key = 1
+
+
+def test_a_configuration_may_import_from_the_folder_beside_it(tmp_path):
+    folder = tmp_path / "lab_of_test_main"
+    folder.mkdir()
+    (folder / "width.py").write_text("WIDTH = 64\n")
+    (folder / "mine.py").write_text(
+        "from configs import base\nfrom lab_of_test_main.width import WIDTH\n"
+        "def get_config():\n    c = base.get_config()\n    c.model.width = WIDTH\n"
+        "    return c\n"
+    )
+    before = list(sys.path)
+    assert load_config(str(folder / "mine.py")).model.width == 64
+    assert sys.path == before
+
+
+def test_one_command_leaves_no_trace_in_the_next():
+    assert understood("--config.train.epochs=7").train.epochs == 7
+    assert understood().train.epochs == 2
+
+
+# ---- what is called
+
+
+@pytest.mark.parametrize("mode", CALLS)
+def test_a_mode_calls_its_function(mode, stand_in, tmp_path, capsys):
+    calls = []
+    stand_in(mode, lambda *arguments: calls.append(arguments) or "report.html")
+    config = [] if mode == "report" else [SMOKE]
+    assert run(["main", *config, f"--workdir={tmp_path}", f"--mode={mode}"]) == 0
+    (arguments,) = calls
+    assert arguments[-1] == str(tmp_path)
+    if mode == "report":
+        assert capsys.readouterr().out == "report.html\n"
+    else:
+        assert arguments[0].name == "quickstart:smoke"
+
+
+def test_every_mode_is_tested_here_and_training_is_what_happens_unless_told():
+    assert set(CALLS) == set(MODES)
+    assert parse(["main", SMOKE, "--workdir=w"]).mode == "train"
+
+
+def test_a_bad_configuration_never_reaches_its_mode(stand_in, capsys):
+    stand_in("train", lambda *_: pytest.fail("trained with a bad configuration"))
+    assert run(["main", SMOKE, "--workdir=w", "--config.train.minibatches=3"]) == 2
+    assert "train.minibatches" in capsys.readouterr().err
+
+
+# ---- how a command ends
+
+
+def failing(error: BaseException):
+    def mode(*_):
+        raise error
+
+    return mode
+
+
+def test_an_error_of_the_user_is_one_message_and_status_2(stand_in, capsys):
+    error = UserError("it is full", got="a", wanted="b", way_out="c")
+    stand_in("train", failing(error))
+    assert run(["main", SMOKE, "--workdir=w"]) == 2
+    captured = capsys.readouterr()
+    assert captured.err == (
+        "ddrl_jax: error: it is full\n  got:     a\n  wanted:  b\n  way out: c\n"
+    )
+    assert captured.out == ""
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EROFS])
+def test_a_disk_that_refuses_is_an_error_of_the_user(number, stand_in, capsys):
+    stand_in("train", failing(OSError(number, os.strerror(number), "w/state")))
+    assert run(["main", SMOKE, "--workdir=w"]) == 2
+    message = capsys.readouterr().err
+    assert "w/state" in message and os.strerror(number) in message
+
+
+@pytest.mark.parametrize("error", [OSError(errno.EBADF, "?"), ValueError("a bug")])
+def test_a_bug_keeps_its_traceback(error, stand_in):
+    stand_in("train", failing(error))
+    with pytest.raises(type(error)):
+        run(["main", SMOKE, "--workdir=w"])
+
+
+def test_an_interrupt_has_the_status_of_one(stand_in):
+    stand_in("train", failing(KeyboardInterrupt()))
+    assert run(["main", SMOKE, "--workdir=w"]) == 130
+
+
+def test_help_names_every_mode(capsys):
+    assert run(["main", "--help"]) == 0
+    text = capsys.readouterr().out
+    assert all(f"--mode={mode}" in text for mode in MODES)
+
+
+# ---- the cache of compiled programs
+
+
+def cache_folder(stand_in) -> str | None:
+    found = []
+    stand_in(
+        "train",
+        lambda *_: found.append(jax.config.jax_compilation_cache_dir),  # pyright: ignore
+    )
+    assert run(["main", SMOKE, "--workdir=w"]) == 0
+    return found[0]
+
+
+def test_compiled_programs_are_kept_where_the_environment_says(
+    stand_in, monkeypatch, tmp_path
+):
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "here"))
+    assert cache_folder(stand_in) == str(tmp_path / "here")
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert cache_folder(stand_in) == str(tmp_path / "ddrl_jax" / "jax")
+
+
+def test_a_cache_that_can_not_be_written_stops_nothing(
+    stand_in, monkeypatch, tmp_path, capsys
+):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "file" / "cache"))
+    assert cache_folder(stand_in) is None
+    assert "not kept" in capsys.readouterr().err
+
+
+# ---- as a program
+
+
+def program(*arguments: str, code: str = "") -> subprocess.CompletedProcess:
+    command = ["-c", code] if code else ["-m", "ddrl_jax.main"]
+    return subprocess.run(
+        [sys.executable, *command, *arguments],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+    )
+
+
+def test_importing_main_loads_nothing_slow():
+    slow = "{'jax', 'jaxlib', 'numpy', 'flax', 'orbax', 'tensorflow_datasets'}"
+    code = f"import sys, ddrl_jax.main; print({slow} & set(sys.modules))"
+    result = program(code=code)
+    assert result.stdout == "set()\n", result.stdout + result.stderr
+
+
+def test_a_platform_that_is_not_there(monkeypatch, tmp_path):
+    monkeypatch.setenv("JAX_PLATFORMS", "no_such_platform")
+    result = program(SMOKE, f"--workdir={tmp_path}")
+    assert result.returncode == 2
+    assert "no_such_platform" in result.stderr and "Traceback" not in result.stderr
+    assert "JAX_PLATFORMS=cpu" in result.stderr
