@@ -1,6 +1,6 @@
 """One epoch of experience: rollouts on device, rewards on threads, advantages."""
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,13 +10,7 @@ from ddrl_jax.data.prompts import draw_prompts
 from ddrl_jax.interfaces import Prompts, Scores
 from ddrl_jax.learner import Minibatch, TrainState
 from ddrl_jax.metrics import Timer
-from ddrl_jax.objectives.advantages import (
-    PerPromptTracker,
-    batch_normalized,
-    clip_advantages,
-    group_normalized,
-)
-from ddrl_jax.objectives.policy import reward_transform
+from ddrl_jax.objectives.advantages import PerPromptTracker
 from ddrl_jax.preemption import Preemption
 from ddrl_jax.program import Program, draw_chunks, draw_trained_steps
 from ddrl_jax.rewards.pool import RewardPool
@@ -64,7 +58,10 @@ def collect(
     chunks, handles = sampled
     with timer("reward"):
         scores = pool.collect(handles)
-    advantages, tracker, metrics = judge(config, scores, prompts, tracker)
+    advantages, tracker = program.advantages(
+        scores.values, scores.valid, prompts.group, prompts.index, tracker
+    )
+    metrics = _reward_metrics(dict(config.rewards.weights), scores)
     chunks = [
         chunk._replace(advantages=part)
         for chunk, part in zip(
@@ -99,49 +96,6 @@ def _sample(program, state, epoch, prompts, chunks, pool, stop):
     return filled, handles
 
 
-def judge(
-    config: Any, scores: Scores, prompts: Prompts, tracker: PerPromptTracker
-) -> tuple[np.ndarray, PerPromptTracker, dict[str, float]]:
-    """Rewards -> advantages: per reward, weighted, transformed, clipped.
-
-    Args:
-      config: the whole configuration.
-      scores: of the epoch's samples.
-      prompts: of the epoch.
-      tracker: running statistics a prompt; changed only where they are used.
-
-    Returns:
-      Advantages [b] float32, the tracker, and the reward metrics.
-    """
-    weights = dict(config.rewards.weights)
-    adv, mask = config.advantages, jnp.asarray(scores.valid)
-    group, groups = jnp.asarray(prompts.group), config.prompts.per_epoch
-    if adv.kind == "tracker":
-        total = jnp.asarray(sum(w * scores.values[n] for n, w in weights.items()))
-        value, tracker = tracker.update(
-            jnp.asarray(prompts.index), total, mask, adv.tracker_min
-        )
-    else:
-        each = {
-            n: _normalized(adv, jnp.asarray(scores.values[n]), group, mask, groups)
-            for n in weights
-        }
-        value = sum(w * each[n] for n, w in weights.items()) / sum(weights.values())
-    value = value / config.policy.beta
-    value = reward_transform(value, config.policy.transform, group, mask, groups)
-    value = clip_advantages(value, adv.clip) if adv.clip else value
-    value = np.where(scores.valid, np.asarray(value, np.float32), np.float32(0))
-    return value, tracker, _reward_metrics(weights, scores)
-
-
-def _normalized(adv: Any, rewards, group, mask, groups: int):
-    if adv.kind == "batch":
-        return batch_normalized(rewards, mask, epsilon=adv.epsilon)
-    return group_normalized(
-        rewards, group, mask, num_groups=groups, std=adv.std, epsilon=adv.epsilon
-    )
-
-
 def _reward_metrics(weights: dict, scores: Scores) -> dict[str, float]:
     valid, out = scores.valid, {"reward/valid": float(np.mean(scores.valid))}
     total = np.zeros(len(valid), np.float64)
@@ -153,8 +107,8 @@ def _reward_metrics(weights: dict, scores: Scores) -> dict[str, float]:
     return out | {"reward/mean": float(np.mean(total[valid]))}
 
 
-def _split(program: Program, advantages: np.ndarray, chunks: int) -> list[jax.Array]:
-    return [place_batch(program.mesh, part) for part in np.split(advantages, chunks)]
+def _split(program: Program, advantages: jax.Array, chunks: int) -> list[jax.Array]:
+    return [place_batch(program.mesh, part) for part in jnp.split(advantages, chunks)]
 
 
 def _with_zeros(chunk: Minibatch) -> Minibatch:

@@ -15,8 +15,19 @@ import optax
 from jaxtyping import Array, Float, Int, Key
 
 from ddrl_jax.interfaces import Cond, DataSource, Kernel, Metrics, Params, Trajectory
+from ddrl_jax.objectives.advantages import (
+    PerPromptTracker,
+    batch_normalized,
+    clip_advantages,
+    group_normalized,
+)
 from ddrl_jax.objectives.data import denoising_loss
-from ddrl_jax.objectives.policy import clipped_surrogate, reinforce, step_kl
+from ddrl_jax.objectives.policy import (
+    clipped_surrogate,
+    reinforce,
+    reward_transform,
+    step_kl,
+)
 from ddrl_jax.rollout import Policy, Score, initial_noise, replay_step
 
 # (trainable, frozen, z, time, cond) -> prediction, without guidance
@@ -175,6 +186,42 @@ def init_state(params: Params, tx: optax.GradientTransformation) -> TrainState:
     ema = jax.tree.map(jnp.copy, params)
     zero = jnp.zeros((), jnp.int32)
     return TrainState(zero, params, tx.init(params), ema, jnp.zeros((), jnp.int32))
+
+
+def make_advantages(config: Any):
+    """Returns advantages(values, valid, group, index, tracker) -> (adv [b], tracker).
+
+    Per reward normalised, then averaged by weight (the tracker sums first, as DDPO
+    does), divided by beta, transformed and clipped; 0 where the reward is missing.
+
+    Args:
+      config: the whole configuration.
+    """
+    weights, adv = dict(config.rewards.weights), config.advantages
+    groups, total_weight = config.prompts.per_epoch, sum(weights.values())
+
+    def normalized(rewards, group, valid):
+        if adv.kind == "batch":
+            return batch_normalized(rewards, valid, epsilon=adv.epsilon)
+        return group_normalized(
+            rewards, group, valid, num_groups=groups, std=adv.std, epsilon=adv.epsilon
+        )
+
+    def advantages(values, valid, group, index, tracker: PerPromptTracker):
+        if adv.kind == "tracker":
+            total = sum(w * values[n] for n, w in weights.items())
+            found, tracker = tracker.update(
+                index, total, valid, adv.tracker_min, epsilon=adv.epsilon
+            )
+        else:
+            each = {n: normalized(values[n], group, valid) for n in weights}
+            found = sum(w * each[n] for n, w in weights.items()) / total_weight
+        kind = config.policy.transform
+        found = reward_transform(found / config.policy.beta, kind, group, valid, groups)
+        found = clip_advantages(found, adv.clip) if adv.clip else found
+        return jnp.where(valid, found, 0.0), tracker
+
+    return advantages
 
 
 def make_recompute(objective: Objective):

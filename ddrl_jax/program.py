@@ -26,6 +26,7 @@ from ddrl_jax.learner import (
     Objective,
     TrainState,
     init_state,
+    make_advantages,
     make_recompute,
     make_update,
 )
@@ -59,6 +60,7 @@ class Program(NamedTuple):
     prepare: Callable  # (epoch, offset, pass, prompt_index, records) -> Minibatch
     rollout: Callable  # (params, frozen, chunk, trained) -> (images, trajectory)
     recompute: Callable
+    advantages: Callable  # (values, valid, group, index, tracker) -> (adv, tracker)
     update: Callable  # (state, frozen, reference, chunks) -> (state, metrics)
 
 
@@ -104,6 +106,7 @@ def build(config) -> Program:
         prepare=_make_prepare(config, mesh, cond_table, needs_data),
         rollout=_make_rollout(config, mesh, objective, pipeline),
         recompute=jax.jit(make_recompute(objective)),
+        advantages=jax.jit(make_advantages(config)),
         update=jax.jit(
             make_update(objective, tx, config.optimizer.ema_decay),
             donate_argnames="state",
