@@ -45,7 +45,7 @@ IMPORT_TABLE: dict[str, tuple[str, ...]] = {
     **{name: (*PARTS, *PLUMBING, *RUN) for name in RUN},
     **{name: (*BELOW_TRAIN, *MODES) for name in MODES},
     "train": (*BELOW_TRAIN, *MODES),
-    "compare": (*BELOW_TRAIN, *MODES, "train", "main"),
+    "compare": ("compare", *BELOW_TRAIN, *MODES, "train", "main"),
     "main": (*BELOW_TRAIN, *MODES, "train", "compare"),
 }
 # Others' packages that only a part of the program may know.
