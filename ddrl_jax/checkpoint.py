@@ -15,11 +15,11 @@ import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax
 import orbax.checkpoint as ocp
 
 from ddrl_jax import fingerprint
 from ddrl_jax.errors import UserError
+from ddrl_jax.fingerprint import abstract as abstract
 from ddrl_jax.interfaces import Params
 
 _ASIDE = "damaged"  # where resume=last_good moves what it skipped
@@ -41,25 +41,6 @@ class Restored(NamedTuple):
 
 class _Damaged(Exception):
     """This checkpoint can not be read back as it was written."""
-
-
-def abstract(state: Params) -> Params:
-    """Describes a tree of arrays by shape, dtype and sharding, without their bytes.
-
-    Args:
-      state: a tree of jax.Arrays, typed PRNG keys included, and NumPy leaves.
-
-    Returns:
-      The tree that `Checkpoints.restore` wants: jax.ShapeDtypeStruct with sharding for
-      each jax.Array; NumPy arrays and scalars as they are.
-    """
-
-    def describe(leaf: Any) -> Any:
-        if not isinstance(leaf, jax.Array):
-            return leaf
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
-
-    return jax.tree.map(describe, state)
 
 
 class Checkpoints:
@@ -110,7 +91,12 @@ class Checkpoints:
         if epoch in self._known:
             return False
         if epoch in self.epochs():
-            raise _exists(self.root / str(epoch))
+            raise UserError(
+                f"the checkpoint {self.root / str(epoch)} exists already",
+                got="one that this run neither wrote nor restored",
+                wanted="no checkpoint of this epoch",
+                way_out="resume from it, or start in another --workdir",
+            )
         # The host views stay referenced until the save is complete: on a CPU they are
         # the buffers themselves, and XLA copies instead of donating what is referenced.
         self._held = list(fingerprint.host_leaves(state))
@@ -174,7 +160,12 @@ class Checkpoints:
             self._report_skipped(epoch)
             self._known.add(epoch)
             return restored
-        raise self._none_whole()
+        raise UserError(
+            f"no checkpoint in {self.root} is whole",
+            got="; ".join(f"epoch {epoch}: {why}" for epoch, why in self.skipped),
+            wanted="at least one that reads back as it was saved",
+            way_out="restore one from a backup, or start in another --workdir",
+        )
 
     def epochs(self) -> list[int]:
         """Returns the epochs that have a checkpoint directory, whole or not, sorted."""
@@ -221,15 +212,25 @@ class Checkpoints:
         different = fingerprint.first_difference(record, abstract_state)
         if different is not None:
             raise _foreign(path, *different)
-        args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract_state))
-        try:
-            state = self._open().restore(epoch, args=args)["state"]
-        except Exception as error:  # Orbax and TensorStore raise many types
-            raise _Damaged(_first_line(error)) from None
+        state = self._read_state(epoch, abstract_state)
+        changed = fingerprint.first_difference(record, state, "memory")
+        if changed is not None:
+            # Without one of its metadata files Orbax gives a PRNG key as plain numbers.
+            raise _Damaged(f"{changed[0]} came back as {changed[2]}")
         bad = fingerprint.first_corrupt(record, state)
         if bad is not None:
             raise _Damaged(f"the bytes of {bad} are not those that were saved")
         return Restored(epoch, state, record["cursor"])
+
+    def _read_state(self, epoch: int, abstract_state: Params) -> Params:
+        args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract_state))
+        hook, sys.unraisablehook = sys.unraisablehook, _without_late_callbacks()
+        try:
+            state = self._open().restore(epoch, args=args)["state"]
+        except Exception as error:  # Orbax and TensorStore raise many types
+            raise _Damaged(_first_line(error)) from None
+        sys.unraisablehook = hook  # not after a failure: callbacks are still to come
+        return state
 
     def _raise_write_error(self, error: Exception) -> None:
         failed, self._pending, self._held = self._pending, None, []
@@ -255,15 +256,6 @@ class Checkpoints:
             wanted="a checkpoint that reads back as it was saved",
             way_out="--config.checkpoint.resume=last_good goes on from the newest "
             f"whole one (older here: {names}); or start in another --workdir",
-        )
-
-    def _none_whole(self) -> UserError:
-        found = "; ".join(f"epoch {epoch}: {why}" for epoch, why in self.skipped)
-        return UserError(
-            f"no checkpoint in {self.root} is whole",
-            got=found,
-            wanted="at least one that reads back as it was saved",
-            way_out="restore one from a backup, or start in another --workdir",
         )
 
     def _report_skipped(self, used: int) -> None:
@@ -310,7 +302,7 @@ def _is_write_fault(error: BaseException | None) -> bool:
 
 def _first_line(error: object) -> str:
     text = str(error).strip() or type(error).__name__
-    return text.splitlines()[0][:400]
+    return text.splitlines()[0].split(" [tensorstore_spec")[0][:400]
 
 
 def _foreign(path: Path, leaf: str, got: str, wanted: str) -> UserError:
@@ -320,15 +312,6 @@ def _foreign(path: Path, leaf: str, got: str, wanted: str) -> UserError:
         wanted=wanted,
         way_out="use the config it was trained with (config.json of the workdir), or "
         "another --workdir",
-    )
-
-
-def _exists(path: Path) -> UserError:
-    return UserError(
-        f"the checkpoint {path} exists already",
-        got="a checkpoint that this run neither wrote nor restored",
-        wanted="no checkpoint of this epoch",
-        way_out="resume from it, or start in another --workdir",
     )
 
 
@@ -342,6 +325,20 @@ def _move_aside(path: Path) -> Path:
 
 def _tell(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
+
+
+def _without_late_callbacks() -> Any:
+    """Hides TensorStore's calls into the event loop of a restore that has failed.
+
+    They are not errors of their own, and would bury the one message that matters.
+    """
+    previous = sys.unraisablehook
+
+    def hook(unraisable: Any) -> None:
+        if "Event loop is closed" not in str(unraisable.exc_value):
+            previous(unraisable)
+
+    return hook
 
 
 def _not_from_orbax(record: logging.LogRecord) -> bool:

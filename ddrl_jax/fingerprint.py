@@ -1,4 +1,4 @@
-"""What a checkpoint must give back: the shape, dtype and checksum of every leaf."""
+"""What a checkpoint must give back: shape, dtype and checksum of every leaf."""
 
 import json
 import zlib
@@ -14,6 +14,27 @@ from ddrl_jax.interfaces import Params
 _PROGRAM = "ddrl_jax checkpoint, format 1"
 
 NamedView = tuple[str, np.ndarray | None]
+
+
+def abstract(state: Params) -> Params:
+    """Describes a tree of arrays by shape, dtype and sharding, without their bytes.
+
+    Args:
+      state: a tree of jax.Arrays, typed PRNG keys included, and NumPy leaves.
+
+    Returns:
+      The tree that `Checkpoints.restore` wants: jax.ShapeDtypeStruct with sharding for
+      each jax.Array; NumPy arrays as they are, their scalars as 0-d arrays.
+    """
+
+    def describe(leaf: Any) -> Any:
+        if isinstance(leaf, np.generic):
+            return np.asarray(leaf)  # Orbax restores 0-d arrays but not these
+        if not isinstance(leaf, jax.Array):
+            return leaf
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
+
+    return jax.tree.map(describe, state)
 
 
 def host_leaves(state: Params) -> Iterator[NamedView]:
@@ -78,19 +99,24 @@ def parse(content: bytes, epoch: int) -> dict[str, Any]:
 
 
 def first_difference(
-    found: dict[str, Any], abstract_state: Params
+    found: dict[str, Any], state: Params, owner: str = "this configuration"
 ) -> tuple[str, str, str] | None:
-    """Compares a record with a tree by names, shapes and dtypes.
+    """Compares a record with a tree, abstract or not, by names, shapes and dtypes.
+
+    Args:
+      found: the record.
+      state: the tree.
+      owner: whose tree it is, for the text.
 
     Returns:
       (leaf, got, wanted) of the first difference in the order of the tree, or None.
     """
-    saved, wanted = found["leaves"], _shapes(abstract_state)
+    saved, wanted = found["leaves"], _shapes(state)
     for name in list(wanted) + [name for name in saved if name not in wanted]:
         got = saved[name][:2] if name in saved else None
         want = wanted.get(name)
         if got != want:
-            here = _text(got, "the checkpoint"), _text(want, "this configuration")
+            here = _text(got, "the checkpoint"), _text(want, owner)
             return name, *here
     return None
 

@@ -11,9 +11,9 @@ import sys
 import time
 import uuid
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import jax
 import numpy as np
@@ -76,6 +76,8 @@ class Metrics:
             self._file.write(json.dumps(line, allow_nan=False) + "\n")
             self._file.flush()
         except OSError as error:
+            with suppress(OSError):  # closing tries to write the same line again
+                self._file.close()
             raise _write_error(self.root / "metrics.jsonl", error) from error
         numbers = {k: v for k, v in line.items() if isinstance(v, int | float)}
         if self._board is not None:
@@ -123,7 +125,7 @@ class Metrics:
             self._wandb.finish()
         self._file = self._board = self._wandb = None
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "Metrics":
         return self
 
     def __exit__(self, *reason: object) -> None:
@@ -208,7 +210,7 @@ class ProgressBar:
             self._bar.close()
         self._bar = None
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "ProgressBar":
         return self
 
     def __exit__(self, *reason: object) -> None:

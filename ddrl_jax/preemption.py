@@ -4,7 +4,6 @@ import os
 import signal
 import threading
 from types import FrameType, TracebackType
-from typing import Self
 
 _NOTICE = b"\n%s: finishing the step, then saving\n"
 
@@ -27,7 +26,7 @@ class Preemption:
         self.signal_name: str | None = None
         self._old: dict[int, object] = {}
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "Preemption":
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGTERM, signal.SIGINT):
                 self._old[number] = signal.signal(number, self._handle)

@@ -195,12 +195,14 @@ def _pictures(run: _Run) -> Iterable[str]:
     if not run.samples:
         yield _missing("No pictures in samples/.")
     for name, pictures in run.samples.items():
-        shown = [pictures[0]] if len(pictures) == 1 else [pictures[0], pictures[-1]]
-        same = "same prompts and noise" if len(shown) == 2 else "only one step so far"
-        yield f"<h3>{html.escape(name)} ({same})</h3>"
+        alone = len(pictures) == 1
+        shown = pictures if alone else [pictures[0], pictures[-1]]
+        words = ("",) if alone else ("before: ", "after: ")
+        note = "one step so far" if alone else "same prompts and noise"
+        yield f"<h3>{html.escape(name)} ({note})</h3>"
         yield '<div class="pair">'
-        for (step, path), word in zip(shown, ("before", "after"), strict=False):
-            yield f"<figure><figcaption>{word}: epoch {step}</figcaption>"
+        for (step, path), word in zip(shown, words, strict=True):
+            yield f"<figure><figcaption>{word}epoch {step}</figcaption>"
             yield _image(path.read_bytes(), f"{name}, epoch {step}") + "</figure>"
         yield "</div>"
 

@@ -10,7 +10,7 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import jax
 
@@ -75,7 +75,7 @@ class Workdir:
     def __fspath__(self) -> str:
         return str(self.root)
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "Workdir":
         return self
 
     def __exit__(
