@@ -6,7 +6,7 @@ Time runs from noise to data: `t` is the current and `s` the next noise level.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key, UInt8
@@ -26,11 +26,17 @@ class Cond(NamedTuple):
     pooled: Array | None = None
 
 
+@runtime_checkable  # the tests check the types of every call
 class GaussianLike(Protocol):
     """The distribution of the next state: `mean` [b *x] and `std` [b]."""
 
-    mean: Array
-    std: Array
+    @property
+    def mean(self) -> Array: ...
+
+    @property
+    def std(self) -> Array: ...
+
+    def sample(self, key: Array) -> Float[Array, "b *x"]: ...
 
     def log_prob(self, x: Array, reduction: str = "mean") -> Float[Array, " b"]: ...
 
@@ -96,6 +102,7 @@ class Scores(NamedTuple):
     valid: np.ndarray  # [b] bool
 
 
+@runtime_checkable
 class Reward(Protocol):
     """A judge: uint8 images [b h w c] and their prompts -> one score an image."""
 

@@ -169,7 +169,7 @@ def apply_gradients(
     metrics: Metrics,
 ) -> tuple[TrainState, Metrics]:
     """One optimizer step; with a non-finite gradient the state stays as it was."""
-    norm = optax.global_norm(grads)
+    norm = optax.tree.norm(grads)
     good = jnp.isfinite(norm)
     updates, opt_state = tx.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)

@@ -133,7 +133,7 @@ def rollout(
         index, time = item
         step, remembered = transition(policy, kernel, x, time, cond, memory)
         step_keys = jax.vmap(lambda k: jax.random.fold_in(k, index + 1))(keys)
-        x_s = step.sample(step_keys)  # pyright: ignore[reportAttributeAccessIssue]
+        x_s = step.sample(step_keys)
         new = Trajectory(
             x, x_s, score(step, x_s), time, jnp.full_like(trained[0], index), memory
         )

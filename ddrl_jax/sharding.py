@@ -22,8 +22,12 @@ RULES: Mapping[str | None, tuple[str, ...]] = {
 }
 
 
-def make_mesh(sizes: Mapping[str, int]) -> Mesh:
-    """Returns the mesh (data, fsdp, tensor, context); one size may be -1."""
+def make_mesh(sizes: Any) -> Mesh:
+    """Returns the mesh (data, fsdp, tensor, context) over the first devices.
+
+    Args:
+      sizes: config.mesh, or any mapping axis -> size; one may be -1: what is left.
+    """
     shape = [sizes[a] for a in AXES]
     if -1 in shape:
         known = -math.prod(shape)

@@ -1,0 +1,167 @@
+"""On policy the ratio is exactly 1: the log-probs of the rollout, of the replay and of
+the update are the same bits, for every sampler, dtype and guidance.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tiny_runs import (
+    chunks_with_trajectories,
+    flat_source,
+    perturbed,
+    perturbed_state,
+    tiny_program,
+)
+
+from ddrl_jax.data.prompts import draw_prompts
+from ddrl_jax.diffusion.kernels import KERNELS
+from ddrl_jax.errors import UserError
+from ddrl_jax.self_test import check_ratio, ratio_deviations
+
+SIZE = 32  # pixels, as shipped: how a program rounds depends on its shapes
+SLOW = [pytest.mark.slow]
+FAST = ("flow_grpo-float32-3.0", "flow_grpo-bfloat16-3.0")
+CASES = [
+    pytest.param(
+        kernel, dtype, scale, id=name, marks=[pytest.mark.slow][name in FAST :]
+    )
+    for kernel in KERNELS
+    for dtype in ("float32", "bfloat16")
+    for scale in (1.0, 3.0)
+    for name in [f"{kernel}-{dtype}-{scale}"]
+]
+
+
+def make(kernel, dtype="float32", scale=1.0, source=None, **edits):
+    row = {
+        "sampler.kernel": kernel,
+        "sampler.guidance_scale": scale,
+        "model.dtype": dtype,
+        "model.image_size": SIZE,
+        "train.minibatches": 1,
+    }
+    program = tiny_program(row | edits, source)
+    return program, perturbed_state(program)
+
+
+def prompts_of(program):
+    c = program.config.prompts
+    return draw_prompts(program.prompts, 0, 0, c.per_epoch, c.group_size)
+
+
+def assert_the_network_speaks(program, state):
+    """The prediction is not 0, or equal log-probs would show nothing."""
+    shape = (4, *program.pipeline.latent_shape)
+    z = jax.random.normal(jax.random.key(5), shape)
+    cond = jax.tree.map(lambda c: c[:4], program.cond_table)
+    v = program.objective.apply(
+        state.params, program.frozen, z, jnp.linspace(0.1, 0.9, 4), cond
+    )
+    assert float(jnp.min(jnp.max(jnp.abs(v), axis=(1, 2, 3)))) > 0.1
+
+
+def assert_exactly_one(program, state):
+    """Three programs - rollout, replay, the update itself - and one set of bits."""
+    assert_the_network_speaks(program, state)
+    steps = int(program.kernel.stochastic.sum())
+    for where, deviation in ratio_deviations(program, state).items():
+        assert deviation.shape == (steps,)
+        np.testing.assert_array_equal(deviation, 0.0, err_msg=where)
+    chunks = chunks_with_trajectories(program, state, prompts_of(program))
+    stored = [chunk.old_log_prob for chunk in chunks]
+    assert np.isfinite(stored).all() and np.unique(stored).size > steps
+    for chunk, kept in zip(chunks, stored, strict=True):
+        replayed = program.recompute(state.params, program.frozen, chunk)
+        np.testing.assert_array_equal(replayed, kept)
+    _, metrics = program.update(state, program.frozen, program.reference, tuple(chunks))
+    # 0.5 mean (difference of log-probs)^2: 0 only if every one of them is equal.
+    assert float(metrics["policy/approx_kl"]) == 0.0
+    assert float(metrics["policy/ratio_max_deviation"]) == 0.0
+    assert np.isfinite(float(metrics["grad_norm"])) and metrics["grad_norm"] > 0
+
+
+@pytest.mark.parametrize(("kernel", "dtype", "scale"), CASES)
+def test_rollout_replay_and_update_agree_to_the_bit(kernel, dtype, scale):
+    assert_exactly_one(*make(kernel, dtype, scale))
+
+
+OTHER_TERMS = {
+    "kl and data": {
+        "policy.kl_weight": 0.1,
+        "data_term.weight": 0.5,
+        "data_term.every_step": True,
+    },
+    "lora": {"lora.rank": 2, "policy.kl_weight": 0.1},
+    "squared error": {
+        "sampler.kernel": "edm",
+        "policy.log_prob": "squared_error",
+        "policy.reduction": "sum",
+        "data_term.weight": 0.5,
+        "data_term.levels": "rollout",
+    },
+    "recomputed blocks": {"model.remat": "full"},
+    "two blocks of other widths": {
+        "model.depth": 2,
+        "model.width": 24,
+        "model.heads": 3,
+        "policy.term": "reinforce",
+    },
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("case", OTHER_TERMS)
+def test_no_other_term_of_the_loss_changes_a_bit(case, dtype):
+    source = flat_source(SIZE)
+    program, state = make("flow_grpo", dtype, 3.0, source, **OTHER_TERMS[case])
+    assert_exactly_one(program, state)
+
+
+# ---- the self-test at start-up
+
+
+@pytest.fixture(scope="module")
+def small():
+    return make("flow_grpo", **{"model.image_size": 8, "sampler.steps": 5})
+
+
+def with_recompute(program, change):
+    """The program with other log-probs in the replay."""
+    return program._replace(recompute=lambda *a: change(program.recompute(*a)))
+
+
+def test_self_test_passes_at_tolerance_0(small):
+    check_ratio(*small)
+
+
+def test_self_test_refuses_a_replay_with_other_weights(small):
+    program, state = small
+    moved = perturbed(state.params, 0.01, seed=9)
+    other = program._replace(
+        recompute=lambda _, frozen, chunk: program.recompute(moved, frozen, chunk)
+    )
+    with pytest.raises(UserError, match=r"step \d of flow_grpo.*\(replay\)"):
+        check_ratio(other, state)
+
+
+@pytest.mark.parametrize("broken", [1e-3, np.nan])
+def test_self_test_names_the_step(small, broken):
+    program, state = small
+    other = with_recompute(program, lambda lp: lp.at[2, 1].add(broken))
+    with pytest.raises(UserError) as caught:
+        check_ratio(other, state)
+    assert "step 2 of flow_grpo" in str(caught.value)
+    assert "config.policy.ratio_tolerance" in str(caught.value)
+
+
+def test_tolerance_is_what_the_config_says(small):
+    program, state = small
+    other = with_recompute(program, lambda lp: lp.at[2, 1].add(1e-3))
+    config = program.config.copy_and_resolve_references()
+    config.policy.ratio_tolerance = 1e-2
+    check_ratio(other._replace(config=config), state)
+    config.policy.ratio_tolerance = 1e-4
+    with pytest.raises(UserError, match="0.0001"):
+        check_ratio(other._replace(config=config), state)
