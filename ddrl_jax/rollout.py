@@ -134,9 +134,8 @@ def rollout(
         step, remembered = transition(policy, kernel, x, time, cond, memory)
         step_keys = jax.vmap(lambda k: jax.random.fold_in(k, index + 1))(keys)
         x_s = step.sample(step_keys)
-        new = Trajectory(
-            x, x_s, score(step, x_s), time, jnp.full_like(trained[0], index), memory
-        )
+        here = jnp.full(trained.shape[1:], index, trained.dtype)
+        new = Trajectory(x, x_s, score(step, x_s), time, here, memory)
         return (x_s, remembered, _keep(kept, new, trained == index)), None
 
     indices = jnp.arange(times.shape[0])
