@@ -5,6 +5,7 @@ it small) beside the dishonest one (draw nothing). Everything is drawn on device
 one stack of 64 px pictures; a record and a key give the same picture anywhere.
 """
 
+import io
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -13,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Key, UInt8
+from PIL import Image
 
 from ddrl_jax.errors import UserError
 from ddrl_jax.interfaces import DataSource
@@ -33,8 +35,11 @@ def read_emoji(
 
     try:
         builder = cast(Any, tfds.builder_from_directory(str(root)))
-        records = builder.as_data_source("train")
+        # Decoded here: TFDS would ask every user to install OpenCV.
+        skip = {"image": tfds.decode.SkipDecoding()}
+        records = builder.as_data_source("train", decoders=skip)
         rows = records.__getitems__(list(range(len(records))))
+        pictures = [np.asarray(Image.open(io.BytesIO(r["image"]))) for r in rows]
     except Exception as e:
         raise UserError(
             f"the data set {root} can not be read ({type(e).__name__}: {e})",
@@ -44,7 +49,7 @@ def read_emoji(
             "build_emoji.py; for your own set give --config.data.path",
         ) from e
     captions = tuple(row["caption"].decode() for row in rows)
-    return np.stack([row["image"] for row in rows]), captions
+    return np.stack(pictures), captions
 
 
 def _grid(size: int) -> Float[Array, "h w ss 2"]:
