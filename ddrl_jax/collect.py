@@ -93,6 +93,9 @@ def _sample(program, state, epoch, prompts, chunks, pool, stop):
             old = program.recompute(state.params, program.frozen, _with_zeros(chunk))
             chunk = chunk._replace(old_log_prob=old)
         filled.append(chunk)
+    # The judges of earlier chunks are at work meanwhile; the last pictures are waited
+    # for here, so that the clock books this time on the rollout.
+    jax.block_until_ready(images)
     return filled, handles
 
 
