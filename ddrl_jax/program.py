@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from jax.sharding import Mesh
 
 from ddrl_jax.data.emoji import emoji_source
@@ -225,13 +226,14 @@ def _split(config, base: dict) -> tuple[Params, Params]:
 def _state_shardings(shapes, shardings, tx, mesh: Mesh) -> TrainState:
     """Shardings of a TrainState: moments follow their parameter, scalars replicate."""
     state = jax.eval_shape(lambda p: init_state(p, tx), shapes)
-    by_shape = {}
-    for leaf, sharding in zip(
-        jax.tree.leaves(shapes), jax.tree.leaves(shardings), strict=True
-    ):
-        by_shape[leaf.shape] = sharding
     everywhere = replicated(mesh)
-    opt = jax.tree.map(lambda a: by_shape.get(a.shape, everywhere), state.opt_state)
+    opt = optax.tree.map_params(
+        tx,
+        lambda _, sharding: sharding,
+        state.opt_state,
+        shardings,
+        transform_non_params=lambda _: everywhere,
+    )
     return state._replace(
         step=everywhere,
         params=shardings,

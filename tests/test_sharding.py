@@ -1,0 +1,179 @@
+"""Where arrays live: specs that always divide, and the same numbers on any mesh."""
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+from tiny_runs import (
+    chunks_with_trajectories,
+    flat_source,
+    perturbed_state,
+    same_bits,
+    tiny_program,
+)
+
+from ddrl_jax.data.prompts import draw_prompts
+from ddrl_jax.sharding import (
+    RULES,
+    make_mesh,
+    params_shardings,
+    place_batch,
+    replicated,
+    spec_for,
+    to_host,
+)
+
+
+def mesh_of(data=1, fsdp=1, tensor=1, context=1):
+    return make_mesh({"data": data, "fsdp": fsdp, "tensor": tensor, "context": context})
+
+
+CUBE = {"data": 2, "fsdp": 2, "tensor": 2}
+
+
+@pytest.mark.parametrize(
+    ("axes", "shape", "expected"),
+    [
+        (("embed", "mlp"), (4, 6), P("fsdp", "tensor")),
+        (("batch", None), (8, 5), P(("data", "fsdp"), None)),
+        (("batch",), (6,), P("data")),  # 4 does not divide 6, 2 does
+        (("batch",), (3,), P(None)),
+        (("embed", "mlp"), (3, 6), P(None, "tensor")),
+        (("embed",), (4, 6, 7), P("fsdp", None, None)),  # missing names are None
+        (("layers", "mlp", "embed"), (2, 6, 4), P(None, "tensor", "fsdp")),
+        (("batch", "embed"), (8, 8), P(("data", "fsdp"), None)),  # fsdp is taken
+        (("batch", "embed"), (2, 8), P("data", "fsdp")),  # fsdp is free again
+        (("mlp", "heads"), (4, 4), P("tensor", None)),
+        (("no such name",), (4,), P(None)),
+        ((), (), P()),
+    ],
+)
+def test_spec_by_hand(axes, shape, expected):
+    assert spec_for(axes, shape, mesh_of(**CUBE)) == expected
+
+
+def test_any_spec_divides_and_uses_a_mesh_axis_once():
+    mesh, random = mesh_of(**CUBE), np.random.default_rng(0)
+    names = [*RULES, None]
+    placed = 0
+    for _ in range(300):
+        shape = tuple(int(n) for n in random.integers(1, 13, random.integers(1, 5)))
+        axes = tuple(names[i] for i in random.integers(0, len(names), len(shape)))
+        spec = spec_for(axes, shape, mesh)
+        used = [
+            a for part in spec for a in (part if isinstance(part, tuple) else [part])
+        ]
+        used = [a for a in used if a is not None]
+        assert len(used) == len(set(used))
+        NamedSharding(mesh, spec).shard_shape(shape)  # raises where it does not divide
+        placed += len(used)
+    assert placed > 300
+
+
+def test_one_size_may_be_left_open():
+    assert dict(mesh_of(data=-1, tensor=2).shape) == {
+        "data": 4, "fsdp": 1, "tensor": 2, "context": 1
+    }  # fmt: skip
+    assert mesh_of(data=2).devices.size == 2
+
+
+def test_parameters_follow_their_logical_axes():
+    mesh = mesh_of(fsdp=2, tensor=2)
+    shapes = {"a": {"kernel": jax.ShapeDtypeStruct((4, 6), "float32")}, "b": None}
+    axes = {"a": {"kernel": ("embed", "mlp")}, "b": None}
+    found = params_shardings(axes, shapes, mesh)
+    assert found["a"]["kernel"].spec == P("fsdp", "tensor") and found["b"] is None
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+def test_batches_are_split_along_their_axis(axis):
+    mesh = mesh_of(data=2, fsdp=2, tensor=2)
+    rows = np.arange(48.0).reshape((8, 6) if axis == 0 else (6, 8))
+    placed = place_batch(mesh, {"x": rows}, axis)["x"]
+    shape = [*rows.shape]
+    shape[axis] //= 4
+    assert {s.data.shape for s in placed.addressable_shards} == {tuple(shape)}
+    np.testing.assert_array_equal(to_host({"x": placed})["x"], rows)
+
+
+def test_replicated_is_whole_everywhere():
+    mesh = mesh_of(data=4)
+    placed = jax.device_put(np.arange(5.0), replicated(mesh))
+    assert [s.data.shape for s in placed.addressable_shards] == [(5,)] * 4
+
+
+# ---- whole programs: the same samples on one device and on eight
+
+EDITS = {
+    "train.microbatch": 8,
+    "train.minibatches": 1,
+    "sampler.guidance_scale": 3.0,
+    "data_term.weight": 0.5,
+    "data_term.every_step": True,
+    "policy.kl_weight": 0.1,
+}
+MESHES = {
+    "data": {"mesh.data": 8},
+    "fsdp": {"mesh.fsdp": 8},
+    "data, fsdp, tensor": {"mesh.data": 2, "mesh.fsdp": 2, "mesh.tensor": 2},
+}
+
+
+def epoch(**mesh):
+    """(state before, trajectories, state after, metrics) of one update."""
+    program = tiny_program(EDITS | {"mesh.data": 1} | mesh, flat_source())
+    state = perturbed_state(program)
+    before = to_host((state.params, state.opt_state))
+    c = program.config.prompts
+    prompts = draw_prompts(program.prompts, 0, 0, c.per_epoch, c.group_size)
+    chunks = tuple(chunks_with_trajectories(program, state, prompts))
+    after, metrics = program.update(state, program.frozen, program.reference, chunks)
+    trajectories = [to_host(c.trajectory) for c in chunks]
+    return program, before, trajectories, after, to_host(metrics)
+
+
+@pytest.fixture(scope="module")
+def alone():
+    return epoch()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MESHES)
+def test_a_mesh_changes_no_number(name, alone):
+    program, before, trajectories, after, metrics = epoch(**MESHES[name])
+    assert len(program.mesh.devices.flat) == 8
+    assert same_bits(before, alone[1])
+    for found, expected in zip(trajectories, alone[2], strict=True):
+        if name == "data":  # the same rows, only elsewhere
+            assert same_bits(found, expected)
+        compare(found._replace(index=0), expected._replace(index=0), 1e-4)
+        np.testing.assert_array_equal(found.index, expected.index)
+    moved = jax.tree.map(lambda a, b: a - b, to_host(alone[3].params), alone[1][0])
+    assert max(np.abs(a).max() for a in jax.tree.leaves(moved)) > 1e-6
+    compare(to_host(after.params), to_host(alone[3].params), 1e-5)
+    compare(metrics, alone[4], 1e-4)
+
+
+def compare(found, expected, tolerance):
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance)
+
+
+def test_moments_and_average_live_with_their_weights():
+    program = tiny_program({"mesh.fsdp": 2, "mesh.tensor": 2})
+    state = program.new_state()
+    specs = jax.tree.map(lambda a: a.sharding.spec, state.params)
+    split = [s for s in jax.tree.leaves(specs) if s != P() and any(s)]
+    assert len(split) > 5
+    adam = [
+        s for s in jax.tree.leaves(state.opt_state, is_leaf=_is_adam) if _is_adam(s)
+    ]
+    for tree in (state.ema, adam[0].mu, adam[0].nu):
+        assert jax.tree.map(lambda a: a.sharding.spec, tree) == specs
+    for a, wanted in zip(
+        jax.tree.leaves(state), jax.tree.leaves(program.abstract_state()), strict=True
+    ):
+        assert (a.shape, a.dtype) == (wanted.shape, wanted.dtype)
+        assert a.sharding.is_equivalent_to(wanted.sharding, a.ndim)
+    assert adam.count.sharding.is_fully_replicated
