@@ -2,6 +2,7 @@
 
 import jax
 import numpy as np
+import optax
 import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -166,10 +167,10 @@ def test_moments_and_average_live_with_their_weights():
     specs = jax.tree.map(lambda a: a.sharding.spec, state.params)
     split = [s for s in jax.tree.leaves(specs) if s != P() and any(s)]
     assert len(split) > 5
-    adam = [
-        s for s in jax.tree.leaves(state.opt_state, is_leaf=_is_adam) if _is_adam(s)
-    ]
-    for tree in (state.ema, adam[0].mu, adam[0].nu):
+    is_adam = lambda part: isinstance(part, optax.ScaleByAdamState)  # noqa: E731
+    parts = jax.tree.leaves(state.opt_state, is_leaf=is_adam)
+    adam = next(part for part in parts if is_adam(part))
+    for tree in (state.ema, adam.mu, adam.nu):
         assert jax.tree.map(lambda a: a.sharding.spec, tree) == specs
     for a, wanted in zip(
         jax.tree.leaves(state), jax.tree.leaves(program.abstract_state()), strict=True
