@@ -12,6 +12,7 @@ import os
 import re
 import shutil
 import sys
+import traceback
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,6 +24,7 @@ from ddrl_jax.fingerprint import abstract as abstract
 from ddrl_jax.interfaces import Params
 
 _ASIDE = "damaged"  # where resume=last_good moves what it skipped
+_ORBAX = f"{os.sep}orbax{os.sep}"  # in the path of its source files
 _RECORD = Path("cursor", "metadata")  # where Orbax puts the JSON item
 _WRITE_FAULTS = re.compile(
     r"No space left|RESOURCE_EXHAUSTED|PERMISSION_DENIED|Read-only|os_error_code|"
@@ -328,14 +330,16 @@ def _tell(line: str) -> None:
 
 
 def _without_late_callbacks() -> Any:
-    """Hides TensorStore's calls into the event loop of a restore that has failed.
+    """Hides what the reads that a failed restore left behind say when they end.
 
     They are not errors of their own, and would bury the one message that matters.
     """
     previous = sys.unraisablehook
 
     def hook(unraisable: Any) -> None:
-        if "Event loop is closed" not in str(unraisable.exc_value):
+        frames = traceback.walk_tb(unraisable.exc_traceback)
+        late = any(_ORBAX in frame.f_code.co_filename for frame, _ in frames)
+        if not late and "Event loop is closed" not in str(unraisable.exc_value):
             previous(unraisable)
 
     return hook
@@ -343,4 +347,4 @@ def _without_late_callbacks() -> Any:
 
 def _not_from_orbax(record: logging.LogRecord) -> bool:
     """Drops Orbax's own log: what it reports reaches us as exceptions as well."""
-    return f"{os.sep}orbax{os.sep}" not in record.pathname
+    return _ORBAX not in record.pathname

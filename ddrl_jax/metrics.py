@@ -80,6 +80,7 @@ class Metrics:
                 self._file.close()
             raise _write_error(self.root / "metrics.jsonl", error) from error
         numbers = {k: v for k, v in line.items() if isinstance(v, int | float)}
+        del numbers["step"]
         if self._board is not None:
             for key, value in numbers.items():
                 self._board.add_scalar(key, value, step)

@@ -70,8 +70,6 @@ def before_after(
     Returns:
       One picture, uint8 [H W 3].
     """
-    if len(before) != len(after):
-        raise ValueError(f"{len(before)} pictures before and {len(after)} after")
     gap = np.full((len(before), 1, *before.shape[2:]), _BACKGROUND, np.uint8)
     # One picture a pair, joined before the upscaling: the gap is scaled with it.
     return grid(np.concatenate([before, gap, after], 1), columns, upscale, captions)

@@ -226,9 +226,9 @@ def _curves(run: _Run) -> Iterable[str]:
         yield _missing(f"Not in metrics.jsonl: {', '.join(absent)}.")
 
 
-def _series(rows: Rows, keys: str) -> dict[str, tuple[list[int], list[float]]]:
+def _series(rows: Rows, keys: str) -> dict[str, tuple[list[int], list[int | float]]]:
     """(steps, values) of each key that matches; null and text are left out."""
-    found: dict[str, tuple[list[int], list[float]]] = {}
+    found: dict[str, tuple[list[int], list[int | float]]] = {}
     for row in rows:
         for key, value in row.items():
             number = isinstance(value, int | float) and math.isfinite(value)

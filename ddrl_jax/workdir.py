@@ -314,7 +314,7 @@ def _nested(flat: Mapping[str, Any]) -> dict[str, Any]:
     return nested
 
 
-def _step_of(line: bytes) -> float:
+def _step_of(line: bytes) -> int | float:
     """The step of a line of metrics.jsonl; infinity where the line is cut short."""
     try:
         return json.loads(line)["step"] if line.endswith(b"\n") else float("inf")

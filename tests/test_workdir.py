@@ -1,0 +1,202 @@
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from configs.base import get_config
+from ddrl_jax.errors import UserError
+from ddrl_jax.workdir import differing_keys, open_workdir
+
+
+def start(path: Path, **changes) -> None:
+    """Opens and closes a workdir with some keys of the base config changed."""
+    config = get_config()
+    config.update_from_flattened_dict(changes)
+    open_workdir(path, config).close()
+
+
+def test_a_new_workdir_holds_the_whole_config_and_notes_the_start(tmp_path):
+    with open_workdir(tmp_path / "a" / "b", get_config()) as home:
+        stored = json.loads(home.config.read_text())
+        noted = [json.loads(line) for line in home.starts.read_text().splitlines()]
+    assert os.fspath(home) == str(tmp_path / "a" / "b")
+    assert stored["rewards"]["weights"] == {"compressibility": 1.0}
+    assert stored["prompts"]["list"] == [] and stored["seed"] == 0
+    assert (
+        home.config.read_text() == json.dumps(stored, indent=2, sort_keys=True) + "\n"
+    )
+    assert len(noted) == 1 and noted[0]["versions"]["python"].startswith("3.")
+    assert "ddrl_jax.main" in noted[0]["command"]
+
+
+def test_the_same_config_opens_it_again(tmp_path):
+    start(tmp_path)
+    start(tmp_path)
+    assert len((tmp_path / "starts.jsonl").read_text().splitlines()) == 2
+
+
+def test_another_config_is_refused_with_every_differing_key(tmp_path):
+    start(tmp_path)
+    before = (tmp_path / "config.json").read_bytes()
+    with pytest.raises(UserError) as error:
+        start(tmp_path, **{"optimizer.lr": 3e-4, "policy.beta": 2.0, "seed": 0})
+    assert "optimizer.lr: 0.0001 there, 0.0003 here" in error.value.got
+    assert "policy.beta: 1.0 there, 2.0 here" in error.value.got
+    assert "seed" not in error.value.got
+    assert "--workdir" in error.value.way_out
+    assert (tmp_path / "config.json").read_bytes() == before
+    start(tmp_path)  # the refusal has let go of the lock
+
+
+def test_another_reward_is_a_differing_key(tmp_path):
+    start(tmp_path)
+    config = get_config()
+    config.rewards.weights = {"incompressibility": 1.0}
+    with pytest.raises(UserError) as error:
+        open_workdir(tmp_path, config)
+    assert "rewards.weights.compressibility: 1.0 there" in error.value.got
+    assert "rewards.weights.incompressibility: '(no such key)' there" in error.value.got
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("log.progress", False),
+        ("checkpoint.keep", 7),
+        ("checkpoint.resume", "last_good"),
+        ("rewards.threads", 5),
+        ("rewards.timeout", 1.0),
+        ("evaluate.pictures", 3),
+        ("train.microbatch", 8),
+        ("mesh.fsdp", 2),
+        ("train.epochs", 31),
+    ],
+)
+def test_what_does_not_change_the_numbers_may_change_and_is_stored(
+    tmp_path, key, value
+):
+    start(tmp_path)
+    start(tmp_path, **{key: value})
+    section, name = key.split(".")
+    assert json.loads((tmp_path / "config.json").read_text())[section][name] == value
+
+
+@pytest.mark.parametrize(
+    ("stored", "wanted", "schedule", "allowed"),
+    [
+        (10, 20, "constant", True),
+        (10, 20, "cosine", False),  # the schedule ends at the last epoch
+        (20, 10, "constant", False),
+        (10, 10, "cosine", True),
+    ],
+)
+def test_epochs_may_grow_unless_the_schedule_is_made_for_them(
+    stored, wanted, schedule, allowed
+):
+    common = {"optimizer.schedule": schedule}
+    found = differing_keys(
+        {"train.epochs": stored} | common, {"train.epochs": wanted} | common
+    )
+    assert found == ({} if allowed else {"train.epochs": (stored, wanted)})
+
+
+def test_keys_of_another_version_are_named():
+    found = differing_keys({"old": 1, "same": 2}, {"new": 3, "same": 2})
+    assert found == {"new": ("(no such key)", 3), "old": (1, "(no such key)")}
+
+
+def test_a_torn_config_is_refused(tmp_path):
+    start(tmp_path)
+    (tmp_path / "config.json").write_text('{"seed": ')
+    with pytest.raises(UserError, match="config.json is not readable"):
+        start(tmp_path)
+
+
+def test_a_run_without_its_config_is_refused(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text("{}\n")
+    with pytest.raises(UserError, match="without its config.json"):
+        start(tmp_path)
+
+
+@pytest.mark.parametrize("place", ["file/run", "file", "/proc/run"])
+def test_a_folder_that_can_not_be_made_is_one_error(tmp_path, place):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError) as error:
+        start(tmp_path / place)
+    assert "can not be used" in error.value.what and place in error.value.what
+
+
+def test_a_reader_needs_an_existing_folder_and_changes_nothing(tmp_path):
+    with pytest.raises(UserError, match="no such folder"):
+        open_workdir(tmp_path / "absent", get_config(), exclusive=False)
+    start(tmp_path / "run")
+    files = sorted(p.name for p in (tmp_path / "run").iterdir())
+    with open_workdir(tmp_path / "run", get_config()):  # a run that goes on
+        open_workdir(tmp_path / "run", get_config(), exclusive=False).close()
+    assert sorted(p.name for p in (tmp_path / "run").iterdir()) == files
+
+
+# --- The lock
+
+
+def test_two_runs_can_not_share_a_workdir(tmp_path):
+    with open_workdir(tmp_path, get_config()):
+        with pytest.raises(UserError, match="another run is using") as error:
+            start(tmp_path)
+        assert str(os.getpid()) in error.value.got
+    start(tmp_path)
+
+
+def test_the_lock_of_a_killed_process_is_free(tmp_path):
+    hold = (
+        "import fcntl, os, sys, time\n"
+        "handle = os.open(sys.argv[1], os.O_RDWR | os.O_CREAT)\n"
+        "fcntl.flock(handle, fcntl.LOCK_EX)\n"
+        "os.write(handle, str(os.getpid()).encode())\n"
+        "print('held', flush=True); time.sleep(60)\n"
+    )
+    command = [sys.executable, "-c", hold, tmp_path / ".lock"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as other:
+        other.stdout.readline()
+        with pytest.raises(UserError, match=f"process {other.pid}"):
+            start(tmp_path)
+        other.kill()
+        other.wait()
+        start(tmp_path)
+
+
+# --- Metrics of epochs that are run again
+
+
+def lines(*steps) -> str:
+    return "".join(
+        json.dumps({"step": step, "reward": step / 2}) + "\n" for step in steps
+    )
+
+
+@pytest.mark.parametrize(
+    ("restored", "kept", "moved"),
+    [(3, (1, 2, 3), (4, 5)), (5, (1, 2, 3, 4, 5), ()), (-1, (), (1, 2, 3, 4, 5))],
+)
+def test_metrics_after_the_restored_epoch_move_away(tmp_path, restored, kept, moved):
+    with open_workdir(tmp_path, get_config()) as home:
+        home.metrics.write_text(lines(1, 2, 3, 4, 5))
+        assert home.truncate_metrics(restored) == len(moved)
+        assert home.metrics.read_text() == lines(*kept)
+        discarded = home.discarded.read_text() if home.discarded.exists() else ""
+    assert discarded == lines(*moved)
+
+
+def test_nothing_is_lost_over_several_restarts_and_torn_lines(tmp_path):
+    with open_workdir(tmp_path, get_config()) as home:
+        assert home.truncate_metrics(3) == 0  # no file yet
+        home.metrics.write_text(lines(1, 2, 3) + '{"step": 4, "rew')
+        home.truncate_metrics(2)
+        home.metrics.write_text(lines(1, 2) + lines(3, 4))
+        home.truncate_metrics(3)
+        assert home.metrics.read_text() == lines(1, 2, 3)
+        discarded = home.discarded.read_text()
+    assert discarded == lines(3) + '{"step": 4, "rew\n' + lines(4)
