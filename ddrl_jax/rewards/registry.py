@@ -1,0 +1,57 @@
+"""Every reward by its name in the configuration. A new one is one line of REWARDS."""
+
+import difflib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from ddrl_jax.errors import UserError
+from ddrl_jax.interfaces import Reward
+from ddrl_jax.rewards.compressibility import compressibility, incompressibility
+from ddrl_jax.rewards.retrieval import load_judge, retrieval, retrieval_log_prob
+
+# name -> (rewards section of the configuration, captions) -> Reward
+REWARDS: dict[str, Callable[[Any, Sequence[str]], Reward]] = {
+    "compressibility": lambda config, _: compressibility(config.jpeg_upscale),
+    "incompressibility": lambda config, _: incompressibility(config.jpeg_upscale),
+    "retrieval": lambda _, captions: retrieval(load_judge(), captions),
+    "retrieval_log_prob": lambda _, captions: retrieval_log_prob(
+        load_judge(), captions
+    ),
+}
+
+
+def make_rewards(
+    config: Any,
+    captions: Sequence[str] = (),
+    *,
+    names: Sequence[str] | None = None,
+) -> dict[str, Reward]:
+    """Builds the rewards that a configuration names.
+
+    Args:
+      config: the `rewards` section: weights, heldout, jpeg_upscale.
+      captions: the prompts of the run; a reward that can not judge one says so now
+        instead of after the first rollout. Empty: no check.
+      names: which to build; None means all of weights and heldout.
+
+    Returns:
+      name -> Reward, in the order of the names.
+
+    Raises:
+      UserError: a name is unknown, or a reward can not judge these captions.
+    """
+    if names is None:
+        names = (*config.weights, *config.heldout)
+    for name in names:
+        if name not in REWARDS:
+            near = difflib.get_close_matches(name, REWARDS, n=3, cutoff=0.4)
+            hint = f"did you mean {' or '.join(near)}? " if near else ""
+            raise UserError(
+                f"there is no reward named {name!r}",
+                got=repr(name),
+                wanted=f"one of {', '.join(sorted(REWARDS))}",
+                way_out=hint + "change --config.rewards.weights or"
+                " --config.rewards.heldout, or add a line to REWARDS in"
+                " ddrl_jax/rewards/registry.py",
+            )
+    return {name: REWARDS[name](config, captions) for name in dict.fromkeys(names)}
