@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ddrl_jax.diffusion.gaussian import Gaussian, squared_error_log_prob
+from ddrl_jax.diffusion.gaussian import Gaussian, rounded, squared_error_log_prob
 
 X = np.random.default_rng(0).normal(size=(3, 2, 4)).astype(np.float32)
 MEAN = np.random.default_rng(1).normal(size=(3, 2, 4)).astype(np.float32)
@@ -128,3 +128,12 @@ def test_squared_error_has_twice_the_variance_times_the_gradient():
 def test_unknown_reduction():
     with pytest.raises(ValueError, match="'median'.*policy.reduction"):
         GAUSSIAN.log_prob(jnp.asarray(X), "median")
+
+
+def test_the_rounding_fence_is_the_identity():
+    x = jnp.array([0.0, -0.0, 1e-38, -3.5, jnp.inf, -jnp.inf])
+    np.testing.assert_array_equal(jax.jit(rounded)(x), x)
+    # Not a number stays visible as not finite, and the gradient passes untouched.
+    assert not np.isfinite(rounded(jnp.array([jnp.nan]))).any()
+    gradient = jax.grad(lambda x: (3.0 * rounded(x)).sum())(x)
+    np.testing.assert_array_equal(gradient, np.full(6, 3.0))
