@@ -5,6 +5,7 @@ writes such a set, `config.data.source = "samples"` reads it.
 """
 
 import io
+import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -68,10 +69,11 @@ def write_samples(
         }
     )
 
-    class Samples(tfds.core.GeneratorBasedBuilder):
+    class Samples(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         """Samples of a policy with their prompts."""
 
         VERSION = tfds.core.Version("1.0.0")
+        code_path = None  # no script of its own, beside which TFDS looks for checksums
 
         def _info(self):
             return tfds.core.DatasetInfo(
@@ -94,11 +96,10 @@ def write_samples(
                     )
                     index += 1
 
-    scratch = folder.with_name(folder.name + ".writing")
-    builder = Samples(data_dir=str(scratch), file_format="array_record")
-    builder.download_and_prepare()
-    Path(builder.data_dir).rename(folder)
-    for leftover in sorted(scratch.rglob("*"), reverse=True):
-        leftover.rmdir()  # only the empty folders TFDS put around the data set
-    scratch.rmdir()
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    # Beside its place, so that one rename puts the finished set there.
+    with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
+        builder = Samples(data_dir=scratch, file_format="array_record")
+        builder.download_and_prepare()
+        Path(builder.data_dir).rename(folder)
     return builder.info.splits["train"].num_examples

@@ -1,0 +1,72 @@
+"""A data set of samples: what is written is what is read, to the byte."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ddrl_jax.data.emoji import read_emoji
+from ddrl_jax.data.samples import sample_source, write_samples
+from ddrl_jax.errors import UserError
+
+RNG = np.random.default_rng(0)
+IMAGES = RNG.integers(0, 256, (7, 32, 32, 3), np.uint8)
+CAPTIONS = ("cat", "dog", "cat", "a Käse", "dog", "cat", "x" * 200)
+
+
+def batches():
+    yield IMAGES[:4], CAPTIONS[:4]
+    yield IMAGES[4:], CAPTIONS[4:]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    # A parent that is not there yet, as in WORKDIR/dataset of a new run.
+    path = tmp_path_factory.mktemp("samples") / "deep" / "set"
+    assert write_samples(path, batches()) == 7
+    return path
+
+
+def test_comes_back_to_the_byte_and_in_order(folder):
+    images, captions = read_emoji(folder)
+    np.testing.assert_array_equal(images, IMAGES)
+    assert captions == CAPTIONS
+
+
+def test_is_a_source_of_the_pictures_as_they_are(folder):
+    source = sample_source(str(folder))
+    records = jnp.asarray([6, 0, 3], jnp.int32)
+    keys = jax.random.split(jax.random.key(0), 3)
+    found = source.latents(records, keys)
+    expected = IMAGES[[6, 0, 3]].astype(np.float64) / 127.5 - 1.0
+    np.testing.assert_allclose(found, expected, atol=1e-6)
+    np.testing.assert_array_equal(found, source.latents(records, keys[::-1]))
+    assert source.captions == CAPTIONS and found.dtype == np.float32
+
+
+def test_is_never_overwritten(folder):
+    before = {p.name: p.read_bytes() for p in folder.iterdir()}
+    with pytest.raises(UserError, match="already there"):
+        write_samples(folder, iter([(IMAGES[:1], ("other",))]))
+    assert {p.name: p.read_bytes() for p in folder.iterdir()} == before
+
+
+def test_leaves_nothing_beside_it(folder):
+    assert [p.name for p in folder.parent.iterdir()] == ["set"]
+
+
+def test_a_failure_leaves_nothing_and_can_be_tried_again(tmp_path):
+    def broken():
+        yield IMAGES[:4], CAPTIONS[:4]
+        raise RuntimeError("the sampler failed")
+
+    with pytest.raises(RuntimeError, match="the sampler failed"):
+        write_samples(tmp_path / "set", broken())
+    assert list(tmp_path.iterdir()) == []
+    assert write_samples(tmp_path / "set", batches()) == 7
+    np.testing.assert_array_equal(read_emoji(tmp_path / "set")[0], IMAGES)
+
+
+def test_a_missing_set_names_the_key_that_would_find_it(tmp_path):
+    with pytest.raises(UserError, match="data.path"):
+        sample_source(str(tmp_path / "none"))
