@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ddrl_jax.data.prompts import draw_prompts
+from ddrl_jax.errors import UserError
 from ddrl_jax.interfaces import Prompts, Scores
 from ddrl_jax.learner import Minibatch, TrainState
 from ddrl_jax.metrics import Timer
@@ -101,6 +102,14 @@ def _sample(program, state, epoch, prompts, chunks, pool, stop):
 
 def _reward_metrics(weights: dict, scores: Scores) -> dict[str, float]:
     valid, out = scores.valid, {"reward/valid": float(np.mean(scores.valid))}
+    if not valid.any():
+        raise UserError(
+            "no sample of the epoch has a reward",
+            got=f"{len(valid)} failures of {', '.join(weights)}",
+            wanted="at least one valid reward",
+            way_out="repair the reward; config.rewards.on_failure='error' shows the "
+            "first failure",
+        )
     total = np.zeros(len(valid), np.float64)
     for name, weight in weights.items():
         values = scores.values[name]

@@ -39,7 +39,7 @@ class Evaluation:
         self.index = np.arange(self.count, dtype=np.int32) % len(program.prompts)
         self.text = tuple(program.prompts[i] for i in self.index)
         names = tuple(config.rewards.weights) + tuple(config.rewards.heldout)
-        self.judges = make_rewards(config.rewards, names=names)
+        self.judges = make_rewards(config.rewards, self.text, names=names)
         self.features = load_judge().features if _is_emoji(config) else None
         self._sample = make_sampler(program, config.evaluate, config.evaluate.solver)
         source = program.source
@@ -134,7 +134,7 @@ def evaluate_mode(config: Any, workdir: str) -> None:
     """--mode=evaluate: judges the newest checkpoint of WORKDIR, prints the values."""
     from ddrl_jax.checkpoint import Checkpoints
     from ddrl_jax.program import build
-    from ddrl_jax.train import start
+    from ddrl_jax.resume import start
     from ddrl_jax.workdir import open_workdir
 
     home = open_workdir(workdir, config, exclusive=False)

@@ -8,7 +8,7 @@ from ddrl_jax.errors import UserError
 from ddrl_jax.models.emoji import write_params
 from ddrl_jax.models.lora import merge_lora
 from ddrl_jax.program import build
-from ddrl_jax.train import start
+from ddrl_jax.resume import start
 from ddrl_jax.workdir import open_workdir
 
 

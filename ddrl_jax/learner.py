@@ -209,7 +209,7 @@ def make_advantages(config: Any):
 
     def advantages(values, valid, group, index, tracker: PerPromptTracker):
         if adv.kind == "tracker":
-            total = sum(w * values[n] for n, w in weights.items())
+            total = jnp.asarray(sum(w * values[n] for n, w in weights.items()))
             found, tracker = tracker.update(
                 index, total, valid, adv.tracker_min, epsilon=adv.epsilon
             )

@@ -13,7 +13,7 @@ from ddrl_jax.data.samples import write_samples
 from ddrl_jax.evaluate import chunks_of, make_sampler
 from ddrl_jax.learner import TrainState
 from ddrl_jax.program import Program, build
-from ddrl_jax.train import start
+from ddrl_jax.resume import start
 from ddrl_jax.workdir import open_workdir
 
 SAMPLE_STREAM = 3_000_017  # folded into the seed: noise of its own

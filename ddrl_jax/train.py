@@ -12,10 +12,10 @@ from ddrl_jax.errors import UserError
 from ddrl_jax.evaluate import Evaluation
 from ddrl_jax.learner import TrainState
 from ddrl_jax.metrics import Metrics, ProgressBar, Timer
-from ddrl_jax.objectives.advantages import PerPromptTracker
 from ddrl_jax.preemption import Preemption
 from ddrl_jax.program import Program, build, draw_chunks
 from ddrl_jax.report import write_report
+from ddrl_jax.resume import samples_per_epoch, save, start
 from ddrl_jax.rewards.pool import RewardPool
 from ddrl_jax.rewards.registry import make_rewards
 from ddrl_jax.self_test import check_ratio
@@ -104,35 +104,6 @@ def run(
         )
 
 
-def start(
-    program: Program, checkpoints: Checkpoints
-) -> tuple[int, TrainState, PerPromptTracker]:
-    """The state to begin with: the newest checkpoint's, or a new one."""
-    config = program.config
-    tracker = PerPromptTracker.init(
-        len(program.prompts), config.advantages.tracker_size
-    )
-    like = {"train": program.abstract_state(), "tracker": _abstract_tracker(tracker)}
-    found = checkpoints.restore(like, config.checkpoint.resume)
-    if found is None:
-        return 0, program.new_state(), tracker
-    _check_weights(program, found.cursor)
-    return found.epoch, found.state["train"], found.state["tracker"]
-
-
-def save(
-    checkpoints, epoch: int, state, tracker, program: Program, force: bool
-) -> None:
-    """Saves everything that influences the epochs to come."""
-    cursor = {
-        "epoch": epoch,
-        "samples_seen": epoch * samples_per_epoch(program.config),
-        "weights": program.pipeline.fingerprint,
-    }
-    if epoch:
-        checkpoints.save(epoch, {"train": state, "tracker": tracker}, cursor, force)
-
-
 def update_epoch(
     program: Program, state: TrainState, batch: Collected, epoch: int
 ) -> tuple[TrainState, dict[str, float]]:
@@ -165,11 +136,6 @@ def make_pool(config: Any) -> RewardPool:
     r = config.rewards
     return RewardPool(rewards if config.policy.weight else {}, r.threads, r.timeout,
                       r.on_failure)  # fmt: skip
-
-
-def samples_per_epoch(config: Any) -> int:
-    """Samples an epoch draws (rollouts, or data where there is no policy term)."""
-    return config.prompts.per_epoch * config.prompts.group_size
 
 
 def speeds(config: Any, values: dict, epoch: int) -> dict[str, float]:
@@ -209,21 +175,3 @@ def _summary(history: list[dict]) -> dict[str, float]:
     values = {k: float(np.mean([m[k] for m in history])) for k in history[0]}
     key = "policy/ratio_max_deviation"
     return values | ({key: float(history[0][key])} if key in values else {})
-
-
-def _abstract_tracker(tracker: PerPromptTracker):
-    from ddrl_jax.checkpoint import abstract
-
-    return abstract(tracker)
-
-
-def _check_weights(program: Program, cursor: dict) -> None:
-    """A resumed run must stand on the weights it started from."""
-    if cursor["weights"] != program.pipeline.fingerprint:
-        raise UserError(
-            "the checkpoint belongs to a run that started from other weights",
-            got=program.pipeline.fingerprint,
-            wanted=cursor["weights"],
-            way_out="set config.model.init to the weights of that run, or choose "
-            "another --workdir",
-        )

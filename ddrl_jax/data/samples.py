@@ -12,6 +12,7 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Key, UInt8
+from PIL import Image
 
 from ddrl_jax.data.emoji import read_emoji
 from ddrl_jax.errors import UserError
@@ -52,9 +53,6 @@ def write_samples(
     Raises:
       UserError: the folder is already there.
     """
-    import tensorflow_datasets as tfds  # slow import, only where data is written
-    from PIL import Image
-
     if folder.exists():
         raise UserError(
             f"the data set {folder} is already there",
@@ -62,6 +60,20 @@ def write_samples(
             wanted="a new one",
             way_out="move it away or set --config.sample.output",
         )
+    scratch = folder.with_name(folder.name + ".writing")
+    shutil.rmtree(scratch, ignore_errors=True)  # of an attempt that was interrupted
+    builder = _builder(batches)(data_dir=str(scratch), file_format="array_record")
+    builder.download_and_prepare()
+    # Moved into place only when whole: a reader never sees half a data set.
+    Path(builder.data_dir).rename(folder)
+    shutil.rmtree(scratch)
+    return builder.info.splits["train"].num_examples
+
+
+def _builder(batches: Iterable):
+    """A TFDS builder class that drains `batches`."""
+    import tensorflow_datasets as tfds  # slow import, only where data is written
+
     features = tfds.features.FeaturesDict(
         {
             "image": tfds.features.Image(shape=(None, None, 3), encoding_format="png"),
@@ -69,11 +81,10 @@ def write_samples(
         }
     )
 
-    class Samples(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+    class Samples(tfds.core.GeneratorBasedBuilder):
         """Samples of a policy with their prompts."""
 
         VERSION = tfds.core.Version("1.0.0")
-        code_path = None  # no script of its own, beside which TFDS looks for checksums
 
         def _info(self):
             return tfds.core.DatasetInfo(
@@ -81,25 +92,19 @@ def write_samples(
             )
 
         def _split_generators(self, dl_manager):
-            del dl_manager
+            del dl_manager  # nothing is downloaded
             return {"train": self._generate_examples()}
 
         def _generate_examples(self):
-            index = 0
-            for images, captions in batches:
-                for image, caption in zip(images, captions, strict=True):
-                    png = io.BytesIO()
-                    Image.fromarray(image).save(png, "PNG")
-                    yield (
-                        index,
-                        {"image": io.BytesIO(png.getvalue()), "caption": caption},
-                    )
-                    index += 1
+            rows = (row for pair in batches for row in zip(*pair, strict=True))
+            for index, (image, caption) in enumerate(rows):
+                yield index, {"image": _png(image), "caption": caption}
 
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    # Beside its place, so that one rename puts the finished set there.
-    with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
-        builder = Samples(data_dir=scratch, file_format="array_record")
-        builder.download_and_prepare()
-        Path(builder.data_dir).rename(folder)
-    return builder.info.splits["train"].num_examples
+    return Samples
+
+
+def _png(image: np.ndarray) -> io.BytesIO:
+    file = io.BytesIO()
+    Image.fromarray(image).save(file, "PNG")
+    file.seek(0)
+    return file
