@@ -5,7 +5,7 @@ writes such a set, `config.data.source = "samples"` reads it.
 """
 
 import io
-import tempfile
+import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
