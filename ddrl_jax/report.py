@@ -184,10 +184,9 @@ def _page(run: _Run) -> Iterable[str]:
 def _headline(run: _Run) -> Iterable[str]:
     if not run.rows:
         return
-    last = run.rows[-1]
     total = run.config.get("train", {}).get("epochs", "?")
-    seen = last.get("samples_seen")
-    text = f"{last.get('step')} of {total} epochs"
+    seen = run.rows[-1].get("samples_seen")
+    text = f"{run.rows[-1].get('step')} of {total} epochs"
     yield f"<p>{text}{f', {seen} samples' if seen is not None else ''}</p>"
 
 
@@ -288,7 +287,8 @@ def _first_last(rows: Rows) -> Iterable[str]:
     yield "<table><tr><th>metric</th><th>first</th><th>last</th><th>epochs</th></tr>"
     for key in sorted(series):
         steps, values = series[key]
-        first, last = f"{values[0]:.5g}", f"{values[-1]:.5g}"
+        ends = (values[0], values[-1])
+        first, last = (v if isinstance(v, int) else f"{v:.5g}" for v in ends)
         yield f'<tr><td>{html.escape(key)}</td><td class="n">{first}</td>'
         yield f'<td class="n">{last}</td><td>{steps[0]} to {steps[-1]}</td></tr>'
     yield "</table>"

@@ -32,7 +32,7 @@ ROWS = [
         "reward/mean": -1.25,
         "data/loss": 0.125,
         "heldout/retrieval/mean": 0.5,
-        "samples_seen": 128,
+        "samples_seen": 128000,
         "time/rollout": 2.0,
         "time/update": 4.0,
         "time/rest": 1.0,
@@ -112,11 +112,13 @@ def test_it_shows_config_command_versions_and_values(run):
     page = Page(write_report(run))
     for part in ("<quick & start>", START["command"], "9.9.9", "a fine processor"):
         assert part in page.text
-    assert "2 of 2 epochs, 128 samples" in page.text
+    assert "2 of 2 epochs, 128000 samples" in page.text
     assert "not finished" not in page.text
     words = page.text.split()
     at = words.index("reward/mean")
     assert words[at + 1 : at + 3] == ["-1.5", "-1.25"]
+    at = words.index("samples_seen")
+    assert words[at + 1 : at + 3] == ["64", "128000"]
     at = words.index("data/loss")
     assert words[at + 1 : at + 3] == ["0.125", "0.125"]
     assert "Not finite at some epoch: data/loss." in page.text
