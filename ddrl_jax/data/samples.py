@@ -5,7 +5,7 @@ writes such a set, `config.data.source = "samples"` reads it.
 """
 
 import io
-import shutil
+import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -60,13 +60,12 @@ def write_samples(
             wanted="a new one",
             way_out="move it away or set --config.sample.output",
         )
-    scratch = folder.with_name(folder.name + ".writing")
-    shutil.rmtree(scratch, ignore_errors=True)  # of an attempt that was interrupted
-    builder = _builder(batches)(data_dir=str(scratch), file_format="array_record")
-    builder.download_and_prepare()
-    # Moved into place only when whole: a reader never sees half a data set.
-    Path(builder.data_dir).rename(folder)
-    shutil.rmtree(scratch)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    # Beside its place, so that one rename puts the finished set there.
+    with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
+        builder = _builder(batches)(data_dir=scratch, file_format="array_record")
+        builder.download_and_prepare()
+        Path(builder.data_dir).rename(folder)
     return builder.info.splits["train"].num_examples
 
 
@@ -81,10 +80,11 @@ def _builder(batches: Iterable):
         }
     )
 
-    class Samples(tfds.core.GeneratorBasedBuilder):
+    class Samples(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         """Samples of a policy with their prompts."""
 
         VERSION = tfds.core.Version("1.0.0")
+        code_path = None  # no script of its own, beside which TFDS looks for checksums
 
         def _info(self):
             return tfds.core.DatasetInfo(
