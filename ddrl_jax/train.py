@@ -96,9 +96,9 @@ def run(
     save(checkpoints, epoch, state, tracker, program, force=True)
     if stop.requested:
         checkpoints.wait()
+        kept = f"epoch {epoch} is saved" if epoch else "no epoch is done yet"
         print(
-            f"{stop.signal_name}: epoch {epoch} is saved; "
-            "the same command goes on there",
+            f"{stop.signal_name}: {kept}; the same command goes on from there",
             file=sys.stderr,
             flush=True,
         )
