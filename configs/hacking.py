@@ -1,0 +1,62 @@
+"""Reward hacking and what holds it back: arms that differ in their anchor alone.
+
+    python -m ddrl_jax.main --config=configs/hacking.py:ddrl_low --workdir=runs/one_arm
+    python benchmarks/reward_hacking.py      # all arms and seeds, table and figures
+
+JPEG compressibility of emoji, which a policy without an anchor maximises by wiping its
+pictures. ddpo has the clipped importance-weighted objective and no anchor, kl_* adds
+the exact KL of a step to the starting policy, ddrl_* the diffusion loss on captioned
+emoji, control takes that loss alone for as many updates and asks for no reward. Kernel,
+trained steps, prompts, noise, optimizer and evaluation are the same for all, and with
+the same seed the control sees the emoji of ddrl_low and ddrl_high in the same order.
+
+Numbers and hours are in benchmarks/results/reward_hacking.md once it has been run.
+"ARM-smoke" is an arm in seconds. Without a variant the arm is ddrl_low.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import base
+from configs.smoke import shrink
+
+ARMS = {
+    # arm: policy.weight, policy.kl_weight, data_term.weight, train.epochs
+    # epochs are multiples of evaluate.every, so that all arms have evaluations at the
+    # same numbers of reward calls; three times those of ddpo is what the others must
+    # withstand from its collapse on
+    "ddpo": (1.0, 0.0, 0.0, 21),
+    "kl_low": (1.0, 0.02, 0.0, 60),
+    "kl_high": (1.0, 0.1, 0.0, 60),
+    "ddrl_low": (1.0, 0.0, 0.01, 60),
+    "ddrl_high": (1.0, 0.0, 0.03, 60),
+    # AdamW divides by the size of the gradient, so the weight of an only term is free
+    "control": (0.0, 0.0, 0.03, 60),
+}
+
+
+def get_config(variant: str = "") -> ConfigDict:
+    arm, _, size = variant.partition("-") if variant != "smoke" else ("", "", variant)
+    if arm not in ("", *ARMS):
+        raise ValueError(f'unknown arm "{arm}", there are {", ".join(ARMS)}')
+    policy, kl, data, epochs = ARMS[arm or "ddrl_low"]
+    c = base.get_config()
+    c.name = f"hacking:{arm}" if arm else "hacking"
+    c.policy.update(weight=policy, kl_weight=kl)
+    c.data_term.weight = data
+    c.train.epochs = epochs
+
+    # from here on the same for all arms
+    c.prompts.update(limit=64, per_epoch=8, group_size=8)
+    c.sampler.update(kernel="flow_grpo", steps=10, noise_level=0.7)
+    c.sampler.update(last_step="deterministic", guidance_scale=1.0)
+    c.advantages.update(kind="group", std="group")
+    # of log-probs that are means over 3,072 pixels
+    c.policy.update(term="clipped", clip_range=3e-3, train_steps=3)
+    c.train.update(minibatches=2, microbatch=16)
+    c.optimizer.update(lr=2e-4, warmup=10, ema_decay=0.9)
+    # every prompt twice, so that the diversity within a prompt can be measured
+    c.evaluate.update(every=3, samples=128, data_samples=64, pictures=16)
+    c = shrink(c, size)
+    if size:
+        c.evaluate.samples = 2 * c.prompts.limit
+    return c
