@@ -21,6 +21,7 @@ MODES = {
     "sample": "write a data set of samples of the workdir's weights, or of the first",
     "export": "write the averaged weights of the workdir to a file",
     "report": "write report.html from what the workdir holds; needs no --config",
+    "compare": "one table and figure of WORKDIR/ARM/seed_N; needs no --config",
 }
 USAGE = "python -m ddrl_jax.main --config=configs/quickstart.py --workdir=runs/mine"
 
@@ -77,7 +78,7 @@ def parse(argv: Sequence[str]) -> Command:
             way_out="--workdir=runs/mine",
         )
     _check_flags(rest[1:])
-    if not values.config and values.mode == "report":
+    if not values.config and values.mode in ("report", "compare"):
         return Command(values.mode, values.workdir, None)
     config = override(load_config(values.config or ""), rest)
     return Command(values.mode, values.workdir, config)

@@ -57,6 +57,11 @@ def _dispatch(command: Command) -> None:
     """Checks what can be checked without computing, and calls the mode."""
     mode, config = command.mode, command.config
     workdir = os.path.expanduser(command.workdir)
+    if mode == "compare":
+        from ddrl_jax.compare import compare_mode
+
+        compare_mode(config, workdir)
+        return
     if mode == "report" or config is None:
         _report(workdir)
         return

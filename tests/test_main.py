@@ -22,6 +22,7 @@ CALLS = {
     "sample": ("sample", "sample_mode"),
     "export": ("export", "export_mode"),
     "report": ("report", "write_report"),
+    "compare": ("compare", "compare_mode"),
 }
 
 
@@ -107,13 +108,13 @@ def test_one_command_leaves_no_trace_in_the_next():
 def test_a_mode_calls_its_function(mode, stand_in, tmp_path, capsys):
     calls = []
     stand_in(mode, lambda *arguments: calls.append(arguments) or "report.html")
-    config = [] if mode == "report" else [SMOKE]
+    config = [] if mode in ("report", "compare") else [SMOKE]
     assert run(["main", *config, f"--workdir={tmp_path}", f"--mode={mode}"]) == 0
     (arguments,) = calls
     assert arguments[-1] == str(tmp_path)
     if mode == "report":
         assert capsys.readouterr().out == "report.html\n"
-    else:
+    elif mode != "compare":
         assert arguments[0].name == "quickstart:smoke"
 
 
