@@ -214,29 +214,31 @@ class PerPromptTracker(NamedTuple):
 def combine(
     advantages: Mapping[str, Float[Array, " b"]], weights: Mapping[str, float | int]
 ) -> Float[Array, " b"]:
-    """Several rewards: each normalised on its own, then summed with weights.
+    """Several rewards: each normalised on its own, then averaged with weights.
 
-    Weights of 1 / number of rewards give DDRL's average. Mixing after normalisation
-    keeps a reward of large units from drowning the others.
+    sum_k w_k A_k / sum_k |w_k|: DDRL's mean where all weights are equal. Mixing after
+    normalisation keeps a reward of large units from drowning the others, and only the
+    ratios of the weights matter; a negative weight turns its reward round.
 
     Args:
       advantages: reward name -> advantages.
       weights: the same names -> weight.
 
     Returns:
-      sum_k w_k A_k.
+      The weighted mean, float32.
 
     Raises:
-      UserError: the names differ, or there is none.
+      UserError: the names differ, there is none, or all weights are 0.
     """
-    if not advantages or set(advantages) != set(weights):
+    total = sum(abs(weight) for weight in weights.values())
+    if not total > 0 or set(advantages) != set(weights):
         raise UserError(
-            "every reward needs one weight",
-            got=f"rewards {sorted(advantages)}, weights {sorted(weights)}",
-            wanted="the same names, at least one",
+            "every reward needs one weight, and one of them has to count",
+            got=f"rewards {sorted(advantages)}, weights {dict(weights)}",
+            wanted="the same names, at least one weight other than 0",
             way_out="set rewards.weights",
         )
-    terms = [weights[name] * advantages[name] for name in sorted(advantages)]
+    terms = [weights[name] / total * advantages[name] for name in sorted(advantages)]
     return jnp.sum(jnp.stack(terms), axis=0).astype(jnp.float32)
 
 

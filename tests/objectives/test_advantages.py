@@ -183,20 +183,28 @@ def test_batch_normalisation_is_the_z_score_of_valid_rewards():
     np.testing.assert_allclose(batch_normalized(rewards, mask), expected, atol=2e-6)
 
 
-def test_rewards_are_combined_after_normalisation():
+def test_normalised_rewards_are_averaged_by_weight():
     advantages = {"a": jnp.array([1.0, -1.0]), "b": jnp.array([0.5, 2.0])}
     np.testing.assert_allclose(
-        combine(advantages, {"b": 2.0, "a": 1}), [2.0, 3.0], rtol=1e-6
+        combine(advantages, {"b": 3.0, "a": 1}), [0.625, 1.25], rtol=1e-6
     )
-    half = combine(advantages, {"a": 0.5, "b": 0.5})
-    np.testing.assert_allclose(half, [0.75, 0.5], rtol=1e-6)
+    mean = combine(advantages, {"a": 0.2, "b": 0.2})
+    np.testing.assert_allclose(mean, [0.75, 0.5], rtol=1e-6)
 
 
-@pytest.mark.parametrize("weights", [{}, {"a": 1.0, "b": 1.0}, {"b": 1.0}])
+@pytest.mark.parametrize("weight", [-0.1, -7.0])
+def test_a_negative_weight_turns_its_reward_round(weight):
+    advantages = {"a": jnp.array([1.0, -1.0])}
+    np.testing.assert_allclose(combine(advantages, {"a": weight}), [-1.0, 1.0])
+    against = combine(advantages | {"b": jnp.array([3.0, 3.0])}, {"a": -1.0, "b": 1.0})
+    np.testing.assert_allclose(against, [1.0, 2.0])
+
+
+@pytest.mark.parametrize("weights", [{}, {"a": 1.0, "b": 1.0}, {"b": 1.0}, {"a": 0.0}])
 def test_every_reward_needs_one_weight(weights):
     with pytest.raises(UserError, match="rewards.weights"):
         combine({"a": jnp.zeros(2)}, weights)
-    with pytest.raises(UserError, match="at least one"):
+    with pytest.raises(UserError, match="other than 0"):
         combine({}, {})
 
 
