@@ -2,6 +2,8 @@
 
 import difflib
 import hashlib
+import zipfile
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,9 @@ from ddrl_jax.models.dit import DiT
 ASSETS = Path(__file__).parent.parent / "assets"
 BASE = ASSETS / "emoji_base.npz"
 LENGTH = 6  # words of a prompt; the longest caption has five
+# What reading an empty, torn or foreign file in place of an .npz raises.
+DAMAGE = (OSError, ValueError, EOFError, TypeError, IndexError)
+DAMAGE += (zipfile.BadZipFile, zlib.error)
 
 
 def read_vocabulary(path: Path = ASSETS / "emoji" / "words.txt") -> dict[str, int]:
@@ -79,14 +84,14 @@ def read_params(path: Path) -> Params:
             flat = {name: np.asarray(file[name], np.float32) for name in file.files}
         if not flat:
             raise ValueError("the archive is empty")
-    except (OSError, ValueError) as e:
+        return traverse_util.unflatten_dict(flat, sep="/")
+    except DAMAGE as e:
         raise UserError(
             f"the weights {path} can not be read ({e})",
             got="a file" if path.is_file() else "no such file",
             wanted="an .npz written by --mode=export",
             way_out="set config.model.init to 'assets', 'random' or such a file",
         ) from e
-    return traverse_util.unflatten_dict(flat, sep="/")
 
 
 def write_params(path: Path, params: Params, dtype: str = "float16") -> None:
