@@ -23,7 +23,9 @@ def get_config() -> ConfigDict:
     c.model.heads = 6  # attention heads
     c.model.patch = 4  # pixels a token is wide
     c.model.image_size = 32  # pixels
-    c.model.dtype = "float32"  # of the network; states, log-probs and losses are float32
+    c.model.dtype = (
+        "float32"  # of the network; states, log-probs and losses are float32
+    )
     c.model.attention = "xla"  # attention implementation
     c.model.remat = "none"  # "none" | "full": recompute block activations
 
@@ -56,7 +58,9 @@ def get_config() -> ConfigDict:
     c.sampler.sigma_max = 80.0  # edm
     c.sampler.sigma_min = 0.01  # edm
     c.sampler.shift = 1.0  # flow: time shift of the grid
-    c.sampler.last_step = "deterministic"  # "stochastic" | "deterministic" (flow kernels)
+    c.sampler.last_step = (
+        "deterministic"  # "stochastic" | "deterministic" (flow kernels)
+    )
     c.sampler.guidance_scale = 1.0  # 1: no guidance, the same in rollout and training
 
     c.rewards = ConfigDict()
@@ -87,13 +91,17 @@ def get_config() -> ConfigDict:
     c.policy.kl_weight = 0.0  # step KL to the starting policy
     c.policy.train_on = ()  # step indices trained; () means draw train_steps of them
     c.policy.train_steps = 3  # steps drawn each epoch when train_on is (); 0: all noisy
-    c.policy.per_sample_steps = False  # draw the steps for each sample on its own (DDPO)
+    c.policy.per_sample_steps = (
+        False  # draw the steps for each sample on its own (DDPO)
+    )
     c.policy.ratio_tolerance = 0.0  # largest |ratio - 1| before an epoch's first update
 
     c.data_term = ConfigDict()
     c.data_term.weight = 0.0  # 0: no data loss
     c.data_term.weighting = "velocity"  # "velocity" | "edm" | "eps"
-    c.data_term.levels = "own"  # "own" draw | "rollout" (levels and noise of the rollout)
+    c.data_term.levels = (
+        "own"  # "own" draw | "rollout" (levels and noise of the rollout)
+    )
     c.data_term.every_step = False  # at every trained step, or once a sample
     c.data_term.time = "uniform"  # own draw: "uniform" | "logit_normal"
     c.data_term.text_dropout = 0.1
@@ -103,7 +111,9 @@ def get_config() -> ConfigDict:
     c.train.minibatches = 2  # optimizer steps a pass over the epoch's samples
     c.train.microbatch = 16  # samples a network call; also the chunk of the rollout
     c.train.inner_epochs = 1  # passes over the epoch's samples
-    c.train.nan_limit = 3  # consecutive updates with non-finite gradients before stopping
+    c.train.nan_limit = (
+        3  # consecutive updates with non-finite gradients before stopping
+    )
 
     c.optimizer = ConfigDict()
     c.optimizer.lr = 1e-4

@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from ddrl_jax.diffusion.gaussian import Gaussian, Level, per_sample
+from ddrl_jax.diffusion.gaussian import Gaussian, Level, per_sample, weighted
 
 
 def ddim_step(
@@ -38,9 +38,6 @@ def ddim_step(
     fresh = (1.0 - abar_t / abar_s) / (1.0 - abar_t)
     std = eta * jnp.sqrt((1.0 - abar_s) * fresh)
     kept = jnp.sqrt((1.0 - abar_s) * (1.0 - eta * eta * fresh))
-    x0 = (x - per_sample(jnp.sqrt(1.0 - abar_t), x) * eps) / per_sample(
-        jnp.sqrt(abar_t), x
-    )
-    return Gaussian(
-        per_sample(jnp.sqrt(abar_s), x) * x0 + per_sample(kept, x) * eps, std
-    )
+    noise = weighted(jnp.sqrt(1.0 - abar_t), eps)
+    x0 = (x - noise) / per_sample(jnp.sqrt(abar_t), x)
+    return Gaussian(weighted(jnp.sqrt(abar_s), x0) + weighted(kept, eps), std)

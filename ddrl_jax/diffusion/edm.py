@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from ddrl_jax.diffusion.gaussian import Gaussian, Level, per_sample
+from ddrl_jax.diffusion.gaussian import Gaussian, Level, weighted
 
 MAX_ETA = 1.2**0.5 - 1.0  # the release's bound: no step adds over a fifth in variance
 
@@ -62,11 +62,11 @@ def churned_ab2_step(
     sigma_s, eta = jnp.asarray(sigma_s, jnp.float32), jnp.asarray(eta, jnp.float32)
     r = sigma_s / sigma_hat
     std = sigma_s * jnp.sqrt(eta * eta + 2.0 * eta)
-    euler = per_sample(r, x_hat) * x_hat + per_sample(1.0 - r, x_hat) * x0
+    euler = weighted(r, x_hat) + weighted(1.0 - r, x0)
     if x0_previous is None or sigma_hat_previous is None:
         return Gaussian(euler, std)
     # A difference of logs, not a log of the ratio: its gradient is finite at +inf.
     before = jnp.log(jnp.asarray(sigma_hat_previous, jnp.float32))
     extrapolate = (-jnp.log(r) - 1.0 + r) / (before - jnp.log(sigma_hat))
     change = x0 - jnp.asarray(x0_previous, jnp.float32)
-    return Gaussian(euler + per_sample(extrapolate, x_hat) * change, std)
+    return Gaussian(euler + weighted(extrapolate, change), std)

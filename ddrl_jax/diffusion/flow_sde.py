@@ -6,7 +6,7 @@ Symbols: v = eps - x0 the velocity, sigma -> sigma' the step, dt = sigma' - sigm
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from ddrl_jax.diffusion.gaussian import Gaussian, Level, per_sample
+from ddrl_jax.diffusion.gaussian import Gaussian, Level, weighted
 
 
 def _float32(*values: Level) -> list[Array]:
@@ -46,9 +46,10 @@ def flow_grpo_step(
     sigma_star = jnp.where(sigma == 1.0, top, sigma)
     g2_over_2sigma = a * a / (2.0 * (1.0 - sigma_star))
     g = a * jnp.sqrt(sigma / (1.0 - sigma_star))
-    keep = per_sample(1.0 + g2_over_2sigma * dt, x)
-    move = per_sample((1.0 + g2_over_2sigma * (1.0 - sigma)) * dt, x)
-    return Gaussian(x * keep + velocity * move, g * jnp.sqrt(-dt))
+    keep = 1.0 + g2_over_2sigma * dt
+    move = (1.0 + g2_over_2sigma * (1.0 - sigma)) * dt
+    mean = weighted(keep, x) + weighted(move, velocity)
+    return Gaussian(mean, g * jnp.sqrt(-dt))
 
 
 def dance_step(
@@ -77,9 +78,9 @@ def dance_step(
     x, velocity = jnp.asarray(x, jnp.float32), jnp.asarray(velocity, jnp.float32)
     sigma, sigma_s, eta = _float32(sigma_t, sigma_s, eta)
     dt = sigma_s - sigma
-    eps = x + per_sample(1.0 - sigma, x) * velocity
-    correction = per_sample(0.5 * eta * eta * dt / sigma, x) * eps
-    mean = x + per_sample(dt, x) * velocity + correction
+    eps = x + weighted(1.0 - sigma, velocity)
+    correction = weighted(0.5 * eta * eta * dt / sigma, eps)
+    mean = x + weighted(dt, velocity) + correction
     return Gaussian(mean, eta * jnp.sqrt(-dt))
 
 
@@ -114,9 +115,9 @@ def cps_step(
     x, velocity = jnp.asarray(x, jnp.float32), jnp.asarray(velocity, jnp.float32)
     sigma, sigma_s, a = _float32(sigma_t, sigma_s, noise_level)
     angle = 0.5 * jnp.pi * a
-    x0 = x - per_sample(sigma, x) * velocity
-    eps = x + per_sample(1.0 - sigma, x) * velocity
+    x0 = x - weighted(sigma, velocity)
+    eps = x + weighted(1.0 - sigma, velocity)
     # sqrt(sigma'^2 - std^2), without the cancellation under the root.
     kept = sigma_s * jnp.abs(jnp.cos(angle))
-    mean = per_sample(1.0 - sigma_s, x) * x0 + per_sample(kept, x) * eps
+    mean = weighted(1.0 - sigma_s, x0) + weighted(kept, eps)
     return Gaussian(mean, sigma_s * jnp.sin(angle))

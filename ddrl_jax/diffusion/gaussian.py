@@ -47,6 +47,11 @@ def per_sample(value: Level, x: Float[Array, "b *x"]) -> Array:
     return value.reshape(value.shape + (1,) * (x.ndim - 1))
 
 
+def weighted(coefficient: Level, x: Float[Array, "b *x"]) -> Float[Array, "b *x"]:
+    """coefficient * x for a scalar or [b] coefficient, rounded before it is summed."""
+    return rounded(per_sample(coefficient, x) * x)
+
+
 def reduce_latent(values: Float[Array, "b *x"], reduction: str) -> Float[Array, " b"]:
     """The mean or the sum over the latent axes.
 

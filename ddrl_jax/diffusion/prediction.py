@@ -18,25 +18,29 @@ from collections.abc import Callable
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from ddrl_jax.diffusion.gaussian import Level, per_sample
+from ddrl_jax.diffusion.gaussian import Level, per_sample, rounded
 
 _Read = Callable[[Array, Array, Array, Array], Array]
 
 # (prediction p, state x, alpha a, sigma s) -> x0
 _TO_X0: dict[str, _Read] = {
-    "eps": lambda p, x, a, s: (x - s * p) / a,
+    "eps": lambda p, x, a, s: (x - rounded(s * p)) / a,
     "x0": lambda p, x, a, s: p,
-    "v": lambda p, x, a, s: (a * x - s * p) / (a * a + s * s),
-    "velocity": lambda p, x, a, s: (x - s * p) / (a + s),
-    "score": lambda p, x, a, s: (x + s * s * p) / a,
+    "v": lambda p, x, a, s: (
+        (rounded(a * x) - rounded(s * p)) / (rounded(a * a) + rounded(s * s))
+    ),
+    "velocity": lambda p, x, a, s: (x - rounded(s * p)) / (a + s),
+    "score": lambda p, x, a, s: (x + rounded(s * s * p)) / a,
 }
 
 # (prediction p, state x, alpha a, sigma s) -> eps
 _TO_EPS: dict[str, _Read] = {
     "eps": lambda p, x, a, s: p,
-    "x0": lambda p, x, a, s: (x - a * p) / s,
-    "v": lambda p, x, a, s: (s * x + a * p) / (a * a + s * s),
-    "velocity": lambda p, x, a, s: (x + a * p) / (a + s),
+    "x0": lambda p, x, a, s: (x - rounded(a * p)) / s,
+    "v": lambda p, x, a, s: (
+        (rounded(s * x) + rounded(a * p)) / (rounded(a * a) + rounded(s * s))
+    ),
+    "velocity": lambda p, x, a, s: (x + rounded(a * p)) / (a + s),
     "score": lambda p, x, a, s: -s * p,
 }
 
@@ -84,7 +88,7 @@ def convert(
     table: dict[str, Callable[[], Array]] = {
         "eps": to_eps,
         "x0": to_x0,
-        "v": lambda: a * to_eps() - s * to_x0(),
+        "v": lambda: rounded(a * to_eps()) - rounded(s * to_x0()),
         "velocity": lambda: to_eps() - to_x0(),
         "score": lambda: -to_eps() / s,
     }
