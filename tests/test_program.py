@@ -1,0 +1,203 @@
+"""A program of one narrow block: its keys, its draws, its jitted functions."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from edited_config import configured
+from tiny_runs import (
+    WORDS,
+    chunks_with_trajectories,
+    flat_source,
+    perturbed,
+    perturbed_state,
+    same_bits,
+    tiny_program,
+)
+
+from ddrl_jax.data.prompts import draw_prompts
+from ddrl_jax.diffusion.kernels import make_kernel
+from ddrl_jax.program import (
+    DATA_STREAM,
+    draw_chunks,
+    draw_trained_steps,
+    make_source,
+    total_updates,
+)
+
+DATA = {"data_term.weight": 0.5}
+
+
+@pytest.fixture(scope="module")
+def program():
+    return tiny_program(DATA, flat_source(captions=(*WORDS, *WORDS)))
+
+
+def draw(program, epoch=0, inner=0, group_size=4):
+    prompts = draw_prompts(program.prompts, 0, epoch, 2, group_size)
+    return prompts, draw_chunks(program, prompts, epoch, inner)
+
+
+def raw(keys):
+    return np.asarray(jax.random.key_data(keys))
+
+
+# ---- keys: a function of seed, epoch and the sample's place in the epoch
+
+
+def test_a_samples_key_is_the_rule_of_the_design(program):
+    _, chunks = draw(program, epoch=3)
+    found = np.concatenate([raw(c.keys) for c in chunks])
+    root = jax.random.fold_in(jax.random.key(program.config.seed), 3)
+    expected = np.stack([raw(jax.random.fold_in(root, i)) for i in range(8)])
+    np.testing.assert_array_equal(found, expected)
+
+
+def test_the_cut_into_chunks_changes_no_key(program):
+    prompts, chunks = draw(program)
+    index, records = prompts.index, np.zeros(8, np.int32)
+    whole = program.prepare(0, 0, 0, index, records)
+    for name in ("keys", "data_keys"):
+        parts = np.concatenate([raw(getattr(c, name)) for c in chunks])
+        np.testing.assert_array_equal(raw(getattr(whole, name)), parts)
+
+
+def test_no_two_draws_share_a_key(program):
+    draws = [draw(program, epoch, inner)[1] for epoch in (0, 1) for inner in (0, 1)]
+    keys = [raw(c.keys) for chunks in draws[::2] for c in chunks]
+    data = [raw(c.data_keys) for chunks in draws for c in chunks]
+    rows = np.concatenate(keys + data)
+    assert len(np.unique(rows, axis=0)) == len(rows) == 2 * 8 + 4 * 8
+    # Another pass over the same samples: other data, the same rollout.
+    for a, b in zip(draws[0], draws[1], strict=True):
+        assert same_bits(a.keys, b.keys)
+
+
+def test_seeds_do_not_meet():
+    a, b = (tiny_program({"seed": seed}) for seed in (0, 1))
+    keys = [raw(c.keys) for p in (a, b) for c in draw(p)[1]]
+    assert len(np.unique(np.concatenate(keys), axis=0)) == 16
+    leaves = [jax.tree.leaves(p.new_state().params) for p in (a, b)]
+    assert any((x != y).any() for x, y in zip(*leaves, strict=True))
+    assert DATA_STREAM > 10_000  # no epoch of a run is ever that number
+
+
+# ---- what a chunk holds
+
+
+def test_captions_and_records_are_those_of_the_prompt(program):
+    prompts, chunks = draw(program)
+    tokens = np.asarray(program.pipeline.encode(prompts.text).emb)
+    np.testing.assert_array_equal(np.concatenate([c.cond.emb for c in chunks]), tokens)
+    for chunk in chunks:
+        assert same_bits(chunk.cond, chunk.data_cond) and chunk.trajectory is None
+    records = np.concatenate([c.records for c in chunks])
+    assert [program.source.captions[r] for r in records] == list(prompts.text)
+    assert len(set(records)) > 2  # more than one picture of the two captions
+
+
+def test_without_a_data_term_there_is_no_data():
+    _, chunks = draw(tiny_program(source=flat_source()))
+    assert chunks[0].records is None and chunks[0].data_cond is None
+
+
+def test_no_source_is_none():
+    assert make_source(configured({"data.source": "none"})) is None
+
+
+# ---- trained steps
+
+
+def trained(epoch=0, samples=6, **edits):
+    config = configured({"sampler.steps": 10} | edits)
+    return draw_trained_steps(config, make_kernel(config.sampler), epoch, samples)
+
+
+def test_named_steps_are_trained_in_order():
+    found = trained(**{"policy.train_on": (5, 0, 2)})
+    np.testing.assert_array_equal(found, np.repeat([[0], [2], [5]], 6, 1))
+    assert found.dtype == np.int32
+
+
+def test_drawn_steps_are_noisy_ascending_and_a_function_of_the_epoch():
+    draws = [trained(epoch, **{"policy.train_steps": 3}) for epoch in range(200)]
+    assert all((np.diff(d, axis=0) > 0).all() for d in draws)
+    assert all((d == d[:, :1]).all() for d in draws)  # the same for all samples
+    np.testing.assert_array_equal(draws[7], trained(7, 6, **{"policy.train_steps": 3}))
+    counts = np.bincount(np.concatenate([d[:, 0] for d in draws]), minlength=10)
+    assert counts[9] == 0  # the last step has no noise
+    assert (abs(counts[:9] - 200 / 3) < 4 * np.sqrt(200 * 2 / 9)).all()
+
+
+def test_each_sample_may_draw_its_own_steps():
+    edits = {"policy.train_steps": 3, "policy.per_sample_steps": True}
+    found = trained(0, 500, **edits)
+    assert found.shape == (3, 500) and (np.diff(found, axis=0) > 0).all()
+    assert len(np.unique(found, axis=1).T) > 50 and found.max() == 8
+
+
+def test_no_number_of_steps_means_all_noisy_ones():
+    np.testing.assert_array_equal(trained(**{"policy.train_steps": 0})[:, 0], range(9))
+    everything = trained(**{"policy.train_steps": 0, "sampler.kernel": "ddim"})
+    assert len(everything) == 10
+
+
+def test_updates_of_a_run():
+    edits = {"train.epochs": 5, "train.minibatches": 2, "train.inner_epochs": 3}
+    assert total_updates(configured(edits)) == 30
+
+
+# ---- the jitted functions
+
+
+def test_an_update_compiles_once_and_takes_its_state(program):
+    state = perturbed_state(program)
+    prompts, _ = draw(program)
+    for _ in range(2):
+        chunks = tuple(chunks_with_trajectories(program, state, prompts))
+        old = state
+        state, _ = program.update(old, program.frozen, program.reference, chunks)
+        assert all(a.is_deleted() for a in jax.tree.leaves(old))
+    assert program.update._cache_size() == 1
+    assert int(state.step) == 2 and int(state.bad_updates) == 0
+
+
+def test_pictures_and_trajectories(program):
+    state = perturbed_state(program)
+    _, (chunk, _) = draw(program)
+    steps = jnp.asarray([[0] * 4, [2] * 4], jnp.int32)
+    images, kept = program.rollout(
+        state.params, program.frozen, chunk.keys, chunk.cond, steps
+    )
+    assert images.shape == (4, 16, 16, 3) and images.dtype == jnp.uint8
+    assert kept.x_t.shape == (2, 4, 16, 16, 3) and kept.x_t.dtype == jnp.float32
+    np.testing.assert_array_equal(kept.index, steps)
+
+
+def test_the_abstract_state_is_the_state(program):
+    state, abstract = program.new_state(), program.abstract_state()
+    assert jax.tree.structure(state) == jax.tree.structure(abstract)
+    for a, b in zip(jax.tree.leaves(state), jax.tree.leaves(abstract), strict=True):
+        assert (a.shape, a.dtype) == (b.shape, b.dtype)
+    assert same_bits(state, program.new_state())
+
+
+# ---- LoRA
+
+
+def test_only_the_lora_is_trained():
+    program = tiny_program({"lora.rank": 2, "policy.kl_weight": 0.1})
+    state = program.new_state()
+    size = sum(a.size for a in jax.tree.leaves(state.params))
+    assert size == 2 * (4 + 2 + 5 + 5) * 16  # rank times the sides of four matrices
+    base = perturbed(program.frozen)  # as it starts the network says 0 to all
+    program = program._replace(frozen=base, reference=(None, base))
+    prompts, _ = draw(program)
+    frozen = jax.tree.map(np.array, base)
+    chunks = tuple(chunks_with_trajectories(program, state, prompts))
+    before = jax.tree.map(np.array, state.params)
+    after, metrics = program.update(state, program.frozen, program.reference, chunks)
+    assert same_bits(frozen, base)
+    moved = jax.tree.map(lambda a, b: bool((a != b).any()), before, after.params)
+    assert all(layer["b"] for layer in moved["blocks"].values())
+    assert float(metrics["policy/kl"]) == pytest.approx(0.0, abs=1e-9)
