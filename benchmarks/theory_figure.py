@@ -104,7 +104,7 @@ def table(reached: dict[str, dict[str, np.ndarray]], date: str, machine: str) ->
         f"{date}, {machine}, Python {platform.python_version()}, jax {jax.__version__},"
         f" numpy {np.__version__}.",
         "",
-        "Exact: 8 cells, exact expectations, 3000 steps of gradient ascent. Sampled: a",
+        "Exact: 8 cells, exact expectations, 6000 steps of gradient ascent. Sampled: a",
         "Gaussian mixture on 32 cells, 6000 Adam steps on 512 draws of the policy and",
         "512 of the data (the figure). Both run `reinforce` and `reward_transform` of",
         "the package and start at the data. The error is the largest difference of a",

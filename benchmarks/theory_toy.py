@@ -191,7 +191,7 @@ def train(
 
 def train_exactly(toy: Toy) -> dict[str, np.ndarray]:
     """`train` with exact expectations and plain gradient ascent."""
-    return train(toy, jax.random.key(0), optax.sgd(1.0), 3000, 0)
+    return train(toy, jax.random.key(0), optax.sgd(1.0), 6000, 0)
 
 
 def train_on_samples(toy: Toy) -> dict[str, np.ndarray]:
