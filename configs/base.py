@@ -130,7 +130,7 @@ def get_config() -> ConfigDict:
     c.evaluate.every = 5  # epochs; 0: only at the end
     c.evaluate.samples = 64  # one a prompt, prompts repeated in order
     c.evaluate.steps = 10  # deterministic ODE steps
-    c.evaluate.solver = "euler"  # "euler" | "heun"
+    c.evaluate.solver = "euler"  # "euler" | "heun" (ODE), "rollout" (as in training)
     c.evaluate.guidance_scale = 1.0
     c.evaluate.data_samples = 64  # held-out data loss
     c.evaluate.pictures = 16  # of them in the grid

@@ -15,7 +15,7 @@ from ddrl_jax.learner import TrainState
 from ddrl_jax.metrics import Metrics
 from ddrl_jax.objectives.data import denoising_loss
 from ddrl_jax.pictures import grid
-from ddrl_jax.program import Program
+from ddrl_jax.program import Program, draw_trained_steps
 from ddrl_jax.rewards.diversity import diversity
 from ddrl_jax.rewards.registry import make_rewards
 from ddrl_jax.rewards.retrieval import load_judge
@@ -105,16 +105,18 @@ class Evaluation:
 
 
 def make_sampler(program: Program, settings: Any, solver: str):
-    """Returns sample(params, frozen, keys, cond) -> uint8 images, an ODE solve.
+    """Returns sample(params, frozen, keys, cond) -> uint8 images.
 
     Args:
       program: the run.
       settings: with `steps` and `guidance_scale` (config.evaluate or config.sample).
-      solver: "euler" or "heun".
+      solver: "euler" or "heun" for the deterministic ODE, or "rollout": the sampler of
+        training with its noise, steps and guidance, whatever `settings` say.
     """
+    if solver == "rollout":
+        return _rollout_sampler(program)
     apply, pipeline = program.objective.apply, program.pipeline
-    shift = program.config.sampler.shift
-    times = flow_sigmas(settings.steps, shift)
+    times = flow_sigmas(settings.steps, program.config.sampler.shift)
 
     @jax.jit
     def sample(params, frozen, keys, cond: Cond):
@@ -126,6 +128,18 @@ def make_sampler(program: Program, settings: Any, solver: str):
         noise = initial_noise(keys, pipeline.latent_shape)
         x0 = solve(lambda z, t: policy(z, t, cond), noise, times, solver)
         return pipeline.decode(x0)
+
+    return sample
+
+
+def _rollout_sampler(program: Program):
+    """The compiled rollout of training itself; the steps it keeps are not read."""
+    config = program.config
+    kept = draw_trained_steps(config, program.kernel, 0, config.train.microbatch)
+    unread = place_batch(program.mesh, np.ascontiguousarray(kept), axis=1)
+
+    def sample(params, frozen, keys, cond: Cond):
+        return program.rollout(params, frozen, keys, cond, unread)[0]
 
     return sample
 
