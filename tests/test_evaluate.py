@@ -1,0 +1,191 @@
+"""Evaluation: fixed prompts and noise, averaged weights, no draw of the training."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from PIL import Image
+from tiny_runs import WORDS, flat_source, perturbed_state, tiny_program
+
+from ddrl_jax import evaluate
+from ddrl_jax.data.prompts import draw_prompts
+from ddrl_jax.diffusion.gaussian import Gaussian
+from ddrl_jax.metrics import Metrics
+from ddrl_jax.program import draw_chunks
+from ddrl_jax.rollout import transition
+
+
+class Features:
+    """Stands in for the judge, which reads pictures of 32 pixels only."""
+
+    @staticmethod
+    def features(images):
+        return images.reshape(len(images), -1)[:, :5]
+
+
+@pytest.fixture(scope="module")
+def run():
+    # Sizes that leave the last microbatch half empty.
+    program = tiny_program({"evaluate.samples": 6}, flat_source())
+    return program, perturbed_state(program)
+
+
+@pytest.fixture(autouse=True)
+def no_judge(monkeypatch):
+    monkeypatch.setattr(evaluate, "load_judge", lambda: Features)
+
+
+def changed(program, **settings):
+    """The program with other keys in config.evaluate."""
+    config = program.config.copy_and_resolve_references()
+    config.evaluate.update(settings)
+    return program._replace(config=config)
+
+
+def noise_of(program, count):
+    """Initial noise of the evaluation's samples, by the rule of their keys."""
+    root = jax.random.key(program.config.seed)
+    root = jax.random.fold_in(root, evaluate.NOISE_STREAM)
+    keys = [jax.random.fold_in(root, i) for i in range(count)]
+    shape = program.pipeline.latent_shape
+    draws = [jax.random.normal(jax.random.fold_in(k, 0), shape) for k in keys]
+    return jnp.stack(draws), keys
+
+
+def test_prompts_are_repeated_in_order(run):
+    assert evaluate.Evaluation(run[0]).text == (*WORDS, *WORDS[:2])
+
+
+def test_pictures_are_an_euler_solve_from_fixed_noise(run):
+    program, state = run
+    found = evaluate.Evaluation(program).sample(state.ema)
+    z, _ = noise_of(program, 6)
+    cond = program.pipeline.encode((*WORDS, *WORDS[:2]))
+    denoise = jax.jit(program.pipeline.denoise)
+    for time in (1.0, 0.5):  # two steps of the straight line from noise to data
+        z = z - 0.5 * denoise(state.ema, None, z, jnp.full(6, time), cond)
+    expected = np.asarray((z + 1.0) * 127.5)
+    assert found.shape == (6, 16, 16, 3) and found.dtype == np.uint8
+    inside = (expected > 1) & (expected < 254)
+    assert np.abs(found - expected)[inside].max() < 0.51
+    assert inside.mean() > 0.3 and np.ptp(found) > 100
+
+
+def test_a_picture_does_not_depend_on_how_many_there_are(run):
+    program, state = run
+    six = evaluate.Evaluation(program).sample(state.ema)
+    three = evaluate.Evaluation(changed(program, samples=3)).sample(state.ema)
+    np.testing.assert_array_equal(three, six[:3])
+
+
+def test_guidance_is_that_of_the_evaluation(run):
+    program, state = run
+    plain = evaluate.Evaluation(program).sample(state.ema)
+    strong = evaluate.Evaluation(changed(program, guidance_scale=4.0))
+    assert np.abs(strong.sample(state.ema).astype(int) - plain).max() > 5
+
+
+def test_the_sampler_of_training_with_its_noise(run):
+    program, state = run
+    found = evaluate.Evaluation(changed(program, solver="rollout")).sample(state.ema)
+    x, keys = noise_of(program, 4)
+    cond = program.pipeline.encode(WORDS)
+    network = jax.jit(program.objective.apply)
+    policy = lambda z, t, c: network(state.ema, {}, z, t, c)  # noqa: E731
+    for i, (t, s) in enumerate(program.kernel.levels):
+        time = jnp.tile(jnp.asarray([t, s], jnp.float32), (4, 1))
+        step, _ = transition(policy, program.kernel, x, time, cond, None)
+        assert isinstance(step, Gaussian)
+        shape = program.pipeline.latent_shape
+        fresh = [jax.random.normal(jax.random.fold_in(k, i + 1), shape) for k in keys]
+        x = step.mean + np.asarray(step.std)[:, None, None, None] * jnp.stack(fresh)
+    expected = np.clip((np.asarray(x) + 1.0) * 127.5, 0, 255)
+    assert np.abs(found[:4] - expected).max() < 0.51
+    plain = evaluate.Evaluation(program).sample(state.ema)
+    assert np.abs(found.astype(int) - plain).max() > 20
+
+
+def test_noise_of_evaluation_is_never_trained_on(run):
+    program, _ = run
+    _, keys = noise_of(program, 64)
+    held = {bytes(np.asarray(jax.random.key_data(k))) for k in keys}
+    for epoch in range(4):
+        prompts = draw_prompts(program.prompts, 0, epoch, 2, 4)
+        for chunk in draw_chunks(program, prompts, epoch, 0):
+            used = np.asarray(jax.random.key_data(chunk.keys))
+            assert not held & {bytes(row) for row in used}
+
+
+# ---- held-out data loss
+
+
+def test_data_loss_of_a_network_that_says_0():
+    # Then the loss is mean (eps - x0)^2 = 1 + x0^2; record i is a page of i / 8.
+    program = tiny_program({"evaluate.data_samples": 400}, flat_source())
+    state = program.new_state()
+    found = evaluate.Evaluation(program).data_loss(state.ema)
+    levels = np.arange(4) / 8
+    assert found == pytest.approx(1 + (levels**2).mean(), abs=0.01)
+
+
+def test_data_loss_counts_no_padding(run, monkeypatch):
+    program, state = run
+    six = changed(program, data_samples=6)
+    loss = evaluate.Evaluation(six).data_loss(state.ema)
+    assert loss == evaluate.Evaluation(six).data_loss(state.ema)
+    parts = [
+        evaluate.Evaluation(changed(program, data_samples=n)).data_loss(state.ema)
+        for n in (4, 5, 6)
+    ]
+    assert parts[2] == loss and len(set(parts)) == 3
+    # A sixth of the mean of six is the sixth sample: its loss is no outlier.
+    assert 0.1 < 6 * parts[2] - 5 * parts[1] < 10
+
+
+# ---- what a run is told
+
+
+@pytest.fixture
+def metrics(run, tmp_path):
+    with Metrics(tmp_path, run[0].config.log) as writer:
+        yield writer
+
+
+def test_values_and_pictures(run, metrics, tmp_path):
+    program, state = run
+    program = changed(program, pictures=3)
+    # The trained weights are never looked at, only their average.
+    broken = jax.tree.map(lambda a: jnp.full_like(a, jnp.nan), state.params)
+    evaluation = evaluate.Evaluation(program)
+    values = evaluation.run(state._replace(params=broken), metrics, 7)
+    assert set(values) == {
+        "evaluation/compressibility/mean",
+        "data/heldout_loss",
+        "diversity/within_prompt",
+        "diversity/across_prompts",
+    }
+    assert np.isfinite(list(values.values())).all()
+    assert values == evaluation.run(state, metrics, 8)
+    [picture, _] = sorted((tmp_path / "samples").iterdir())
+    assert picture.name == "evaluation_000007.png"
+    assert Image.open(picture).width > 3 * 128
+
+
+def test_held_out_judges_have_a_name_of_their_own(run):
+    program = run[0]
+    config = program.config.copy_and_resolve_references()
+    config.rewards.heldout = ("incompressibility",)
+    found = evaluate.Evaluation(program._replace(config=config))
+    images = np.random.default_rng(0).integers(0, 256, (6, 16, 16, 3), np.uint8)
+    values = found.judged(images)
+    assert values["heldout/incompressibility/mean"] == pytest.approx(
+        -values["evaluation/compressibility/mean"]
+    )
+    assert values["heldout/incompressibility/mean"] > 0
+
+
+def test_without_data_or_pictures_nothing_is_said_of_them(metrics, tmp_path):
+    program = tiny_program({"evaluate.pictures": 0, "evaluate.samples": 2})
+    values = evaluate.Evaluation(program).run(program.new_state(), metrics, 0)
+    assert "data/heldout_loss" not in values and values
+    assert not (tmp_path / "samples").exists()

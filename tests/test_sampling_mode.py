@@ -1,0 +1,140 @@
+"""--mode=sample and --mode=export: a run's policy as data, and as a file of weights."""
+
+import jax
+import numpy as np
+import pytest
+from edited_config import configured
+from tiny_runs import TINY, WORDS, perturbed, perturbed_state
+
+from ddrl_jax.checkpoint import Checkpoints
+from ddrl_jax.data.emoji import read_emoji
+from ddrl_jax.errors import UserError
+from ddrl_jax.export import export_mode
+from ddrl_jax.models.emoji import emoji_pipeline, read_params
+from ddrl_jax.objectives.advantages import PerPromptTracker
+from ddrl_jax.program import build, make_source
+from ddrl_jax.resume import save
+from ddrl_jax.sample import sample_mode
+from ddrl_jax.workdir import open_workdir
+
+# Ten samples in microbatches of four: the last one is half empty.
+EDITS = {
+    "prompts.list": WORDS[:2],
+    "sample.per_prompt": 5,
+    "sample.steps": 2,
+    "sample.guidance_scale": 1.0,
+}
+
+
+def settings(**edits):
+    return configured(
+        TINY | EDITS | {k.replace("__", "."): v for k, v in edits.items()}
+    )
+
+
+def save_epoch(config, workdir, scale):
+    """A workdir with a checkpoint of weights that are not the initial ones."""
+    program = build(config)
+    state = perturbed_state(program, scale)
+    if config.lora.rank:
+        state = state._replace(ema=perturbed(state.ema, 0.3))
+    with open_workdir(workdir, config) as home:
+        checkpoints = Checkpoints(home.checkpoints, 1, 2)
+        tracker = PerPromptTracker.init(
+            len(program.prompts), config.advantages.tracker_size
+        )
+        save(checkpoints, 1, state, tracker, program, force=True)
+        checkpoints.close()
+    return program, state
+
+
+# ---- samples of the policy
+
+
+@pytest.fixture(scope="module")
+def sampled(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("sampled")
+    sample_mode(settings(), str(workdir))
+    return workdir
+
+
+def test_every_prompt_has_its_samples_in_order(sampled):
+    images, captions = read_emoji(sampled / "dataset")
+    assert captions == tuple(np.repeat(WORDS[:2], 5))
+    assert images.shape == (10, 16, 16, 3) and images.dtype == np.uint8
+    assert len(np.unique(images.reshape(10, -1), axis=0)) == 10  # noise of their own
+    # A new network says 0: its samples are the initial noise as pictures.
+    assert np.abs((images / 127.5 - 1).std() - 0.72) < 0.05  # N(0, 1) clipped to +-1
+
+
+def test_the_same_samples_wherever_they_go(sampled, tmp_path):
+    # The folder is not part of what a run is, so it may change beside a run.
+    output = tmp_path / "set"
+    sample_mode(settings(sample__output=str(output)), str(tmp_path / "run"))
+    there, here = read_emoji(sampled / "dataset"), read_emoji(output)
+    np.testing.assert_array_equal(there[0], here[0])
+    assert not (tmp_path / "run" / "dataset").exists()
+
+
+def test_samples_are_never_overwritten(sampled):
+    before = read_emoji(sampled / "dataset")[0]
+    with pytest.raises(UserError, match="already there"):
+        sample_mode(settings(), str(sampled))
+    np.testing.assert_array_equal(read_emoji(sampled / "dataset")[0], before)
+
+
+def test_samples_anchor_a_data_term(sampled):
+    edits = {"data.source": "samples", "data.path": str(sampled / "dataset")}
+    config = settings(**edits, data_term__weight=0.5)
+    assert make_source(config).captions == tuple(np.repeat(WORDS[:2], 5))
+    program = build(config)
+    assert [list(r) for r in program.records_of] == [list(range(5)), list(range(5, 10))]
+
+
+def test_the_newest_checkpoint_is_sampled(sampled, tmp_path):
+    program, state = save_epoch(settings(), tmp_path, 0.05)
+    sample_mode(settings(), str(tmp_path))
+    images = read_emoji(tmp_path / "dataset")[0].astype(int)
+    assert np.abs(images - read_emoji(sampled / "dataset")[0]).max() > 20
+    assert program.pipeline.fingerprint == "random" and int(state.step) == 0
+
+
+# ---- weights of the policy
+
+
+def test_the_exported_weights_are_the_average_in_half(tmp_path, capsys):
+    config = settings()
+    _, state = save_epoch(config, tmp_path, 0.05)
+    export_mode(config, str(tmp_path))
+    path = tmp_path / "export" / "000001.npz"
+    assert str(path) in capsys.readouterr().out
+    found = read_params(path)
+    half = jax.tree.map(lambda a: np.asarray(a, np.float16), state.ema)
+    assert jax.tree.structure(found) == jax.tree.structure(half)
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(half), strict=True):
+        np.testing.assert_array_equal(a, b)
+    pipeline = emoji_pipeline(settings(model__init=str(path)))
+    assert jax.tree.structure(pipeline.load()) == jax.tree.structure(half)
+    with pytest.raises(UserError, match="already there"):
+        export_mode(config, str(tmp_path))
+
+
+def test_a_lora_is_merged_on_export(tmp_path):
+    config = settings(lora__rank=2, lora__alpha=4.0)
+    program, state = save_epoch(config, tmp_path, 0.05)
+    export_mode(config, str(tmp_path))
+    found = read_params(tmp_path / "export" / "000001.npz")
+    assert jax.tree.structure(found) == jax.tree.structure(program.frozen)
+    factors, base = state.ema["blocks"]["up"], program.frozen["blocks"]["up"]["kernel"]
+    product = np.asarray(factors["a"][0]) @ np.asarray(factors["b"][0])
+    expected = np.asarray(base)[0] + 2.0 * product  # alpha / rank
+    np.testing.assert_allclose(found["blocks"]["up"]["kernel"][0], expected, atol=2e-3)
+    assert np.abs(product).max() > 0.05
+
+
+def test_nothing_to_export(tmp_path):
+    with open_workdir(tmp_path, settings()):
+        pass
+    with pytest.raises(UserError, match="no checkpoint to export"):
+        export_mode(settings(), str(tmp_path))
+    assert not (tmp_path / "export").exists()
