@@ -7,6 +7,11 @@
 The same loop as every other row, with policy.weight 0. An epoch is 100 batches of 32
 emoji, each drawn anew at a random size, place and angle; the caption is left out of one
 in ten, so that guidance can be used. The averaged weights are what is exported.
+
+The shipped weights (ddrl_jax/assets/emoji_base.npz) are this file's, seed 0, 8,500
+steps of 32 pictures: 1.48 hours of training time on 2 CPU cores that were shared with
+other work, 2026-11-23. Loss of the last epoch 0.0871, held-out data loss 0.122.
+benchmarks/results/base_policy.md judges them.
 """
 
 from ml_collections import ConfigDict

@@ -25,12 +25,12 @@ ARMS = {
     # same numbers of reward calls; three times those of ddpo is what the others must
     # withstand from its collapse on
     "ddpo": (1.0, 0.0, 0.0, 21),
-    "kl_low": (1.0, 0.02, 0.0, 60),
-    "kl_high": (1.0, 0.1, 0.0, 60),
-    "ddrl_low": (1.0, 0.0, 0.01, 60),
-    "ddrl_high": (1.0, 0.0, 0.03, 60),
+    "kl_low": (1.0, 0.02, 0.0, 63),
+    "kl_high": (1.0, 0.1, 0.0, 63),
+    "ddrl_low": (1.0, 0.0, 0.05, 63),
+    "ddrl_high": (1.0, 0.0, 0.15, 63),
     # AdamW divides by the size of the gradient, so the weight of an only term is free
-    "control": (0.0, 0.0, 0.03, 60),
+    "control": (0.0, 0.0, 0.05, 63),
 }
 
 
@@ -53,9 +53,10 @@ def get_config(variant: str = "") -> ConfigDict:
     # of log-probs that are means over 3,072 pixels
     c.policy.update(term="clipped", clip_range=3e-3, train_steps=3)
     c.train.update(minibatches=2, microbatch=16)
-    c.optimizer.update(lr=2e-4, warmup=10, ema_decay=0.9)
+    c.optimizer.update(lr=4e-4, warmup=10, ema_decay=0.9)
     # every prompt twice, so that the diversity within a prompt can be measured
-    c.evaluate.update(every=3, samples=128, data_samples=64, pictures=16)
+    c.evaluate.update(every=7, samples=128, data_samples=64, pictures=16)
+    c.evaluate.solver = "rollout"  # judged as it is trained: with the SDE's noise
     c = shrink(c, size)
     if size:
         c.evaluate.samples = 2 * c.prompts.limit
