@@ -21,6 +21,7 @@ from configs.smoke import shrink
 
 
 def get_config(variant: str = "") -> ConfigDict:
+    """Returns the first stage, the second (":second") or the small one (":smoke")."""
     c = base.get_config()
     c.name = "emoji_pretrain"
     c.model.init = "random"
@@ -33,4 +34,11 @@ def get_config(variant: str = "") -> ConfigDict:
     c.optimizer.update(lr=2e-3, b2=0.99, warmup=100, schedule="cosine", ema_decay=0.999)
     c.evaluate.update(every=20, steps=20, guidance_scale=2.0)
     c.checkpoint.every = 5
+    if variant == "second":
+        c.name = "emoji_pretrain:second"
+        c.seed = 1
+        c.model.init = "runs/pretrain/export/000085.npz"
+        c.train.epochs = 28
+        c.optimizer.update(lr=8e-4, warmup=50)
+        return c
     return shrink(c, variant)
