@@ -17,6 +17,7 @@ from ddrl_jax.objectives.data import denoising_loss
 from ddrl_jax.pictures import grid
 from ddrl_jax.program import Program, draw_trained_steps
 from ddrl_jax.rewards.diversity import diversity
+from ddrl_jax.rewards.pool import RewardPool
 from ddrl_jax.rewards.registry import make_rewards
 from ddrl_jax.rewards.retrieval import load_judge
 from ddrl_jax.rollout import guided, initial_noise
@@ -73,8 +74,10 @@ class Evaluation:
     def judged(self, images: np.ndarray) -> dict[str, float]:
         """Every judge's mean and the diversity of the pictures."""
         config, values = self.program.config, {}
-        for name, judge in self.judges.items():
-            scores = np.asarray(judge(images, self.text))
+        r = config.rewards
+        with RewardPool(self.judges, r.threads, r.timeout, "error") as pool:
+            found = pool.collect([pool.submit(images, self.text)]).values
+        for name, scores in found.items():
             place = "evaluation" if name in config.rewards.weights else "heldout"
             values[f"{place}/{name}/mean"] = float(np.mean(scores))
         if self.features is not None:

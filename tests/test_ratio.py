@@ -42,6 +42,10 @@ def make(kernel, dtype="float32", scale=1.0, source=None, **edits):
         "train.minibatches": 1,
     }
     program = tiny_program(row | edits, source)
+    if program.config.lora.rank:  # the base's zero output layer is not trained here
+        spoken = perturbed(program.frozen, 0.05)
+        reference = (None, spoken) if program.reference else None
+        program = program._replace(frozen=spoken, reference=reference)
     return program, perturbed_state(program)
 
 
