@@ -1,10 +1,10 @@
 """The base policy of the emoji model: flow matching on the emoji, no rollouts.
 
-    M="python -m ddrl_jax.main"
-    $M --config=configs/emoji_pretrain.py --workdir=runs/pretrain
-    $M --config=configs/emoji_pretrain.py --workdir=runs/pretrain --mode=export
-    $M --config=configs/emoji_pretrain.py:second --workdir=runs/second
-    $M --config=configs/emoji_pretrain.py:second --workdir=runs/second --mode=export
+    python -m ddrl_jax.main --config=configs/emoji_pretrain.py --workdir=runs/pretrain
+    python -m ddrl_jax.main --config=configs/emoji_pretrain.py --workdir=runs/pretrain \
+        --mode=export
+    python -m ddrl_jax.main --config=configs/emoji_pretrain.py:second \
+        --workdir=runs/second    # then --mode=export again
 
 The same loop as every other row, with policy.weight 0. An epoch is 100 batches of 32
 emoji, each drawn anew at a random size, place and angle; the caption is left out of one
