@@ -114,5 +114,6 @@ def test_pictures_come_to_the_host_once_a_chunk_and_scalars_once_an_epoch(seen):
     so log-probabilities and trajectories stay on the device; an epoch's updates call it
     once, for all their metrics.
     """
-    assert seen.fetches == [1] * (EPOCHS * CHUNKS)
+    evaluations = EPOCHS + 1  # judged through the same pool, from the host's copy
+    assert seen.fetches == [1] * (EPOCHS * CHUNKS + evaluations)
     assert seen.got == {"collect": [0] * EPOCHS, "update_epoch": [1] * EPOCHS}
