@@ -21,7 +21,7 @@ from ddrl_jax.self_test import check_ratio, ratio_deviations
 
 SIZE = 32  # pixels, as shipped: how a program rounds depends on its shapes
 SLOW = [pytest.mark.slow]
-FAST = ("flow_grpo-float32-3.0", "flow_grpo-bfloat16-3.0")
+FAST = ("flow_grpo-float32-3.0", "flow_grpo-bfloat16-3.0", "ddim-float32-3.0")
 CASES = [
     pytest.param(
         kernel, dtype, scale, id=name, marks=[pytest.mark.slow][name in FAST :]
