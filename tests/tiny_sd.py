@@ -9,23 +9,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
-WORDS = ("a", "photo", "of", "cat", "dog", "fox", "bear", "lion", "horse", "red", "hill")
-    "a",
-    "photo",
-    "of",
-    "cat",
-    "dog",
-    "fox",
-    "bear",
-    "lion",
-    "horse",
-    "on",
-    "the",
-    "red",
-    "blue",
-    "hill",
-    "river",
-]
+WORDS = ("a", "photo", "of", "cat", "dog", "fox", "bear", "lion", "horse", "red")
 LENGTH = 16  # tokens of a prompt, both ends included
 PIXELS, LATENT = 32, 4  # sides of a picture and of its latent
 BETAS = {
