@@ -1,0 +1,297 @@
+"""Folders in the diffusers layout: where they are, their JSON and their tensors.
+
+Weights are read from safetensors only: nothing here can run code from a checkpoint.
+"""
+
+import json
+import os
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ddrl_jax.errors import UserError
+
+REPO_ID = re.compile(r"[A-Za-z0-9_][\w.-]*(/[A-Za-z0-9_][\w.-]*)?")
+STEMS = ("diffusion_pytorch_model", "model")  # of diffusers and of transformers
+FOREIGN = ("*.bin", "*.ckpt", "*.pt", "*.pth", "*.msgpack", "*.h5")  # other formats
+UNUSED = ("safety_checker/*", "feature_extractor/*")  # parts nobody asks for
+
+
+def resolve(path_or_repo_id: str, revision: str = "main", variant: str = "") -> Path:
+    """The folder of a model: a local one as it is, a hub repository downloaded.
+
+    Of a repository come the JSON and text files and the safetensors of one variant.
+
+    Args:
+      path_or_repo_id: a folder, or "owner/name" on the hub. A folder wins.
+      revision: branch, tag or commit of the repository.
+      variant: "" or for example "fp16".
+
+    Raises:
+      UserError: no such folder or repository, no network or no access.
+    """
+    path = Path(path_or_repo_id).expanduser()
+    if path.is_dir():
+        return path
+    if path.is_file():
+        raise UserError(
+            f"the model {path_or_repo_id} is a single file",
+            got="a file",
+            wanted="a folder in the diffusers layout: model_index.json, unet/, ...",
+            way_out="convert it once where torch is installed: StableDiffusionPipeline"
+            f".from_single_file({str(path)!r}).save_pretrained('FOLDER')",
+        )
+    if not REPO_ID.fullmatch(path_or_repo_id):
+        raise UserError(
+            f"there is no folder {path_or_repo_id}",
+            got="no such folder, and no repository id either",
+            wanted="a folder in the diffusers layout, or 'owner/name' on the hub",
+            way_out="correct the path, or first try the program with the :smoke "
+            "variant of the config, which needs no weights",
+        )
+    return _download(path_or_repo_id, revision, variant)
+
+
+def _download(repo_id: str, revision: str, variant: str) -> Path:
+    end = f".{variant}" if variant else ""
+    patterns = ["*.json", "*.txt", f"*model{end}.safetensors"]
+    patterns += [f"*model{end}-?????-of-?????.safetensors"]
+    patterns += [f"*model-?????-of-?????{end}.safetensors"] if variant else []
+    try:
+        from huggingface_hub import snapshot_download
+    except ImportError as e:
+        raise UserError(
+            f"the model {repo_id} is no folder here, and the hub can not be asked",
+            got="huggingface_hub is not installed",
+            wanted="a folder, or the extra [hub]",
+            way_out="pip install 'ddrl_jax[hub]'",
+        ) from e
+    try:
+        found = snapshot_download(
+            repo_id,
+            revision=revision,
+            allow_patterns=patterns,
+            ignore_patterns=list(UNUSED),
+        )
+    # Five libraries under it raise as many families of exceptions, and each means the
+    # same to the user.
+    except Exception as e:
+        raise _unreachable(repo_id, revision, e) from e
+    return Path(found)
+
+
+def _unreachable(repo_id: str, revision: str, cause: Exception) -> UserError:
+    command = f"hf download {repo_id} --revision {revision} --local-dir FOLDER"
+    command += " --include '*.json' '*.txt' '*.safetensors'"
+    offline = os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
+    reason = "HF_HUB_OFFLINE is set and it is not in the cache" if offline else ""
+    reason = reason or f"{type(cause).__name__}: {str(cause).strip()}"
+    return UserError(
+        f"the model {repo_id} is no folder here and can not be downloaded "
+        f"(revision {revision})",
+        got=reason.splitlines()[0],
+        wanted="a repository on the hub that this machine can reach and you may read",
+        way_out=f"on a machine with access run `{command}` and name that FOLDER "
+        "(`hf auth login` first if the repository asks for consent); or try the "
+        "program with the :smoke variant of the config, which needs no weights",
+    )
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object of a model folder.
+
+    Raises:
+      UserError: no such file, or not a JSON object.
+    """
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as e:
+        missing = not Path(path).is_file()
+        raise UserError(
+            f"{path} can not be read",
+            got="no such file" if missing else str(e),
+            wanted="a JSON object, as save_pretrained writes it",
+            way_out="check the path, or download the model again",
+        ) from e
+    if not isinstance(content, dict):
+        raise UserError(
+            f"{path} is no JSON object",
+            got=type(content).__name__,
+            wanted="an object { ... }",
+            way_out="download the model again",
+        )
+    return content
+
+
+def weight_files(folder: Path, variant: str | None = None) -> list[Path]:
+    """The safetensors files that hold the weights of a component, sorted.
+
+    Args:
+      folder: of the component.
+      variant: None or "" for the plain files, else for example "fp16".
+
+    Raises:
+      UserError: no folder, no such files, only files of other formats, a missing shard.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise UserError(
+            f"the model has no folder {folder.name}",
+            got=f"no such folder: {folder}",
+            wanted="the component with its config.json and weights",
+            way_out="download the whole model again",
+        )
+    for stem in STEMS:
+        index = folder / _index_name(stem, variant)
+        if index.is_file():
+            return _shards(index)
+        single = folder / f"{stem}{_end(variant)}.safetensors"
+        if single.is_file():
+            return [single]
+    raise _no_weights(folder, variant)
+
+
+def _end(variant: str | None) -> str:
+    return f".{variant}" if variant else ""
+
+
+def _index_name(stem: str, variant: str | None) -> str:
+    return f"{stem}.safetensors.index{_end(variant)}.json"
+
+
+def _shards(index: Path) -> list[Path]:
+    names = read_json(index).get("weight_map")
+    if not isinstance(names, dict) or not names:
+        raise _damaged(index, "no weight_map")
+    # A name of the index must stay a file beside it.
+    files = [index.parent / Path(str(name)).name for name in sorted({*names.values()})]
+    if missing := [file.name for file in files if not file.is_file()]:
+        raise UserError(
+            f"{len(missing)} of {len(files)} shards of {index} are missing",
+            got=f"no {', '.join(missing[:10])}",
+            wanted="every file that the index names",
+            way_out="download the model again",
+        )
+    return files
+
+
+def _no_weights(folder: Path, variant: str | None) -> UserError:
+    others = sorted(file.name for file in folder.glob("*.safetensors"))
+    foreign = sorted(file.name for kind in FOREIGN for file in folder.glob(kind))
+    wanted = " or ".join(f"{stem}{_end(variant)}.safetensors" for stem in STEMS)
+    way_out = "download the weights of this component"
+    if others:
+        way_out = "choose another variant (config.model.variant)"
+    elif foreign:
+        way_out = (
+            "only safetensors are read, because other formats can run code. Where you "
+            "trust the files, convert them once: load the model in torch with "
+            "from_pretrained, save it with save_pretrained(FOLDER, "
+            "safe_serialization=True)"
+        )
+    return UserError(
+        f"{folder} has no safetensors weights"
+        + (f" of the variant {variant!r}" if variant else ""),
+        got=", ".join((others or foreign)[:10]) or "no weights at all",
+        wanted=wanted,
+        way_out=way_out,
+    )
+
+
+def read_tensors(folder: Path, variant: str | None = None) -> dict[str, np.ndarray]:
+    """The weights of a component, floats widened to float32.
+
+    Args:
+      folder: of the component; one file, or shards with an index.
+      variant: None or "" for the plain files, else for example "fp16".
+
+    Returns:
+      torch name -> array.
+
+    Raises:
+      UserError: files that are missing, torn or in other formats.
+    """
+    tensors: dict[str, np.ndarray] = {}
+    for file in weight_files(folder, variant):
+        tensors.update(_read_file(file))
+    index = [Path(folder) / _index_name(stem, variant) for stem in STEMS]
+    for path in filter(Path.is_file, index):
+        lost = sorted(read_json(path)["weight_map"].keys() - tensors.keys())
+        if lost:
+            raise _damaged(path, f"no shard holds {', '.join(lost[:10])}")
+    return tensors
+
+
+def _read_file(file: Path) -> Iterator[tuple[str, np.ndarray]]:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(file, framework="numpy") as content:
+            for name in content.keys():  # noqa: SIM118 (no mapping)
+                yield name, _widen(content.get_tensor(name))
+    except (SafetensorError, OSError, ValueError, TypeError) as e:
+        raise _damaged(file, str(e)) from e
+
+
+def _widen(tensor: np.ndarray) -> np.ndarray:
+    """Any kind of float to float32; bfloat16 has no kind of NumPy's own."""
+    exact = tensor.dtype.kind in "biu"
+    return tensor if exact else tensor.astype(np.float32, copy=False)
+
+
+def _damaged(file: Path, reason: str) -> UserError:
+    return UserError(
+        f"{file} is damaged",
+        got=reason,
+        wanted="a complete file",
+        way_out="download it again; an interrupted download leaves such files",
+    )
+
+
+def write_tensors(
+    path: Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str] = {}
+) -> None:
+    """Writes one safetensors file, whole or not at all.
+
+    Args:
+      path: of a file that does not exist yet.
+      tensors: torch name -> array.
+      metadata: further text for the header.
+
+    Raises:
+      UserError: the file exists, or can not be written.
+    """
+    from safetensors.numpy import save_file
+
+    path = Path(path)
+    if path.exists():
+        raise exists(path)
+    # The format stores memory as it lies: a transposed view would be written wrong.
+    whole = {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}
+    part = path.with_name(path.name + ".part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file(whole, part, metadata={"format": "pt", **metadata})
+        os.replace(part, path)
+    # A full disk is an exception of the library's own.
+    except Exception as e:
+        part.unlink(missing_ok=True)
+        raise UserError(
+            f"{path} can not be written",
+            got=str(e),
+            wanted="a folder that can be written, with enough room",
+            way_out="free some space, or choose another folder",
+        ) from e
+
+
+def exists(path: Path) -> UserError:
+    """The error for a target that is already there: nothing is overwritten."""
+    return UserError(
+        f"{path} is already there",
+        got="an existing file or folder",
+        wanted="a new one",
+        way_out="move it away, or choose another target",
+    )
