@@ -25,7 +25,7 @@ ARMS = {
     "kl_low": (1.0, 0.01, 0.0),
     "kl_high": (1.0, 0.1, 0.0),
     "ddrl_low": (1.0, 0.0, 0.01),
-    "ddrl_high": (1.0, 0.0, 0.03),
+    "ddrl_high": (1.0, 0.0, 0.02),
     # AdamW divides by the size of the gradient, so the weight of an only term is free
     "control": (0.0, 0.0, 0.01),
 }
