@@ -1,0 +1,145 @@
+"""Convolutions, group norm and the residual block of the Stable Diffusion networks.
+
+Names of modules and parameters follow the published checkpoints.
+"""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from ddrl_jax.models.layers import Dense, weight
+
+
+class Conv(nn.Module):
+    """A square convolution with a rim of zeros, so that stride 1 keeps the size.
+
+    Attributes:
+      features: channels of the output.
+      size: 1 or 3 pixels.
+      stride: 1 or 2.
+      axes: logical names of the two channel axes.
+      dtype: of the product; parameters stay float32.
+    """
+
+    features: int
+    size: int = 3
+    stride: int = 1
+    axes: tuple[str, str] = ("embed", "mlp")
+    dtype: str = "float32"
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b h w i"]) -> Float[Array, "b h2 w2 o"]:
+        """Applies the layer; the result has its dtype."""
+        shape = (self.size, self.size, x.shape[-1], self.features)
+        init = nn.initializers.xavier_uniform()
+        kernel = weight(self, "kernel", init, shape, (None, None, *self.axes))
+        bias = weight(
+            self, "bias", nn.initializers.zeros, (self.features,), self.axes[1:]
+        )
+        x, kernel = x.astype(self.dtype), kernel.astype(self.dtype)
+        if self.size == 1 and self.stride == 1:
+            y = (x.reshape(-1, shape[2]) @ kernel[0, 0]).reshape(*x.shape[:3], -1)
+        else:
+            y = jax.lax.conv_general_dilated(
+                x,
+                kernel,
+                (self.stride, self.stride),
+                [(self.size // 2, self.size // 2)] * 2,
+                dimension_numbers=("NHWC", "HWIO", "NHWC"),
+            )
+        return y + bias.astype(self.dtype)
+
+
+class GroupNorm(nn.Module):
+    """(x - mean) / sqrt(var + epsilon) over each group of channels (Wu 2018, Eq. 1).
+
+    The statistics are in float32 and of two passes: E[x^2] - E[x]^2 loses what a
+    large mean leaves.
+
+    Attributes:
+      groups: number of groups, divides the channels.
+      epsilon: added to the variance.
+      dtype: of the result.
+    """
+
+    groups: int
+    epsilon: float
+    dtype: str = "float32"
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
+        """Normalises each sample on its own."""
+        b, h, w, c = x.shape
+        wide = x.astype(jnp.float32).reshape(b, h * w, self.groups, c // self.groups)
+        centred = wide - jnp.mean(wide, (1, 3), keepdims=True)
+        variance = jnp.mean(jnp.square(centred), (1, 3), keepdims=True)
+        normal = (centred * jax.lax.rsqrt(variance + self.epsilon)).reshape(x.shape)
+        scale = weight(self, "scale", nn.initializers.ones, (c,), (None,))
+        bias = weight(self, "bias", nn.initializers.zeros, (c,), (None,))
+        return (normal * scale + bias).astype(self.dtype)
+
+
+class ResnetBlock2D(nn.Module):
+    """x + conv(silu(norm(conv(silu(norm(x))) + time))), both norms in groups.
+
+    Attributes:
+      features: channels of the output; a 1x1 convolution fits the shortcut to them.
+      groups: of the norms.
+      epsilon: of the norms.
+      dtype: of the products.
+    """
+
+    features: int
+    groups: int
+    epsilon: float
+    dtype: str = "float32"
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "b h w i"], temb: Float[Array, "b t"] | None = None
+    ) -> Float[Array, "b h w o"]:
+        """Applies the block; without `temb` it has no time projection."""
+        up, down = ("embed", "mlp"), ("mlp", "embed")
+        norm = (self.groups, self.epsilon, self.dtype)
+        h = jax.nn.silu(GroupNorm(*norm, name="norm1")(x))
+        h = Conv(self.features, axes=up, dtype=self.dtype, name="conv1")(h)
+        if temb is not None:
+            time = Dense(self.features, up, self.dtype, name="time_emb_proj")
+            h = h + time(jax.nn.silu(temb))[:, None, None, :]
+        h = jax.nn.silu(GroupNorm(*norm, name="norm2")(h))
+        h = Conv(self.features, axes=down, dtype=self.dtype, name="conv2")(h)
+        if x.shape[-1] != self.features:
+            x = Conv(self.features, size=1, dtype=self.dtype, name="conv_shortcut")(x)
+        return x + h
+
+
+class Downsample2D(nn.Module):
+    """A 3x3 convolution with stride 2: [h w] -> [(h + 1) // 2, (w + 1) // 2]."""
+
+    dtype: str = "float32"
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 c"]:
+        """Halves the picture."""
+        return Conv(x.shape[-1], stride=2, dtype=self.dtype, name="conv")(x)
+
+
+class Upsample2D(nn.Module):
+    """Each pixel becomes 2x2 equal ones, cut to a size; then a 3x3 convolution."""
+
+    dtype: str = "float32"
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "b h w c"], size: tuple[int, int]
+    ) -> Float[Array, "b h2 w2 c"]:
+        """Doubles the picture.
+
+        Args:
+          x: picture.
+          size: height and width of the result, twice those of x or one pixel less:
+            what was odd before it was halved.
+        """
+        x = jnp.repeat(jnp.repeat(x, 2, axis=1), 2, axis=2)[:, : size[0], : size[1]]
+        return Conv(x.shape[-1], dtype=self.dtype, name="conv")(x)

@@ -1,0 +1,290 @@
+"""The blocks of the Stable Diffusion UNet: transformers on pixels, down, middle, up.
+
+Names of modules follow the published checkpoints; `x` is a picture [b h w c].
+"""
+
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from ddrl_jax.models.attention import attention
+from ddrl_jax.models.layers import Dense, weight
+from ddrl_jax.models.resnet import (
+    Conv,
+    Downsample2D,
+    GroupNorm,
+    ResnetBlock2D,
+    Upsample2D,
+)
+
+LAYER_NORM_EPSILON = 1e-5  # of the transformers, whatever the resnets have
+TRANSFORMER_NORM_EPSILON = 1e-6  # of the group norm before a transformer
+
+
+class Style(NamedTuple):
+    """What all blocks of one network share.
+
+    Attributes:
+      groups: of the group norms.
+      epsilon: of the group norms of the resnets.
+      linear_projection: linear layers around a transformer, not 1x1 convolutions.
+      transformer_layers: of each transformer.
+      dtype: of the products.
+      remat: "full" recomputes resnets and transformers in the backward pass.
+      rank: of LoRA in the attention, 0 for none.
+      alpha: of LoRA.
+      impl: of the attention.
+    """
+
+    groups: int
+    epsilon: float
+    linear_projection: bool
+    transformer_layers: int
+    dtype: str
+    remat: str
+    rank: int
+    alpha: float
+    impl: str
+
+
+class LayerNorm(nn.Module):
+    """(x - mean) / sqrt(var + epsilon) over the last axis, in float32 (Ba 2016)."""
+
+    dtype: str = "float32"
+    epsilon: float = LAYER_NORM_EPSILON
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*b d"]) -> Float[Array, "*b d"]:
+        """Normalises each row on its own."""
+        wide, shape = x.astype(jnp.float32), x.shape[-1:]
+        centred = wide - jnp.mean(wide, -1, keepdims=True)
+        variance = jnp.mean(jnp.square(centred), -1, keepdims=True)
+        scale = weight(self, "scale", nn.initializers.ones, shape, (None,))
+        bias = weight(self, "bias", nn.initializers.zeros, shape, (None,))
+        normal = centred * jax.lax.rsqrt(variance + self.epsilon)
+        return (normal * scale + bias).astype(self.dtype)
+
+
+class Attention(nn.Module):
+    """Multi-head attention of x over a context; LoRA in all four projections."""
+
+    heads: int
+    style: Style
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "b l d"], context: Float[Array, "b k e"]
+    ) -> Float[Array, "b l d"]:
+        """Mixes values of the context; no bias before, one after."""
+        s, width = self.style, x.shape[-1]
+
+        def split(name: str, rows: Array) -> Array:
+            layer = Dense(
+                width,
+                ("embed", "heads"),
+                s.dtype,
+                s.rank,
+                s.alpha,
+                use_bias=False,
+                name=name,
+            )
+            return layer(rows).reshape(*rows.shape[:2], self.heads, -1)
+
+        q, k, v = split("to_q", x), split("to_k", context), split("to_v", context)
+        mixed = attention(q, k, v, impl=s.impl).reshape(x.shape)
+        out = Dense(
+            width, ("heads", "embed"), s.dtype, s.rank, s.alpha, name="to_out_0"
+        )
+        return out(mixed)
+
+
+class GEGLU(nn.Module):
+    """a * gelu(b) with (a, b) halves of a linear layer (Shazeer 2020, Eq. 6)."""
+
+    features: int
+    dtype: str = "float32"
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*b d"]) -> Float[Array, "*b f"]:
+        """Applies the layer with the exact gelu."""
+        both = Dense(2 * self.features, ("embed", "mlp"), self.dtype, name="proj")(x)
+        value, gate = jnp.split(both, 2, axis=-1)
+        return value * jax.nn.gelu(gate, approximate=False)
+
+
+class FeedForward(nn.Module):
+    """A gated layer of four times the width and back."""
+
+    dtype: str = "float32"
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*b d"]) -> Float[Array, "*b d"]:
+        """Applies both layers; the net.1 of checkpoints is a dropout, no weights."""
+        h = GEGLU(4 * x.shape[-1], self.dtype, name="net_0")(x)
+        return Dense(x.shape[-1], ("mlp", "embed"), self.dtype, name="net_2")(h)
+
+
+class BasicTransformerBlock(nn.Module):
+    """Self-attention, attention over the text and a feed-forward layer, pre-norm.
+
+    Attributes:
+      heads: of both attentions.
+      style: of the network.
+      only_cross: the first attention reads the text too.
+    """
+
+    heads: int
+    style: Style
+    only_cross: bool = False
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "b l d"], emb: Float[Array, "b k e"]
+    ) -> Float[Array, "b l d"]:
+        """Applies the block to the pixels as rows."""
+        dtype = self.style.dtype
+        h = LayerNorm(dtype, name="norm1")(x)
+        context = emb if self.only_cross else h
+        x = x + Attention(self.heads, self.style, name="attn1")(h, context)
+        h = LayerNorm(dtype, name="norm2")(x)
+        x = x + Attention(self.heads, self.style, name="attn2")(h, emb)
+        h = LayerNorm(dtype, name="norm3")(x)
+        return x + FeedForward(dtype, name="ff")(h)
+
+
+class Transformer2DModel(nn.Module):
+    """x + proj_out(blocks(proj_in(norm(x)))) with the pixels of x as rows."""
+
+    heads: int
+    style: Style
+    only_cross: bool = False
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "b h w c"], emb: Float[Array, "b l d"]
+    ) -> Float[Array, "b h w c"]:
+        """Applies the transformer at one resolution."""
+        s, (b, h, w, c) = self.style, x.shape
+        norm = GroupNorm(s.groups, TRANSFORMER_NORM_EPSILON, s.dtype, name="norm")
+        rows = self._project("proj_in", ("embed", "mlp"), norm(x)).reshape(b, -1, c)
+        for i in range(s.transformer_layers):
+            name = f"transformer_blocks_{i}"
+            block = BasicTransformerBlock(self.heads, s, self.only_cross, name=name)
+            rows = block(rows, emb)
+        return x + self._project("proj_out", ("mlp", "embed"), rows.reshape(b, h, w, c))
+
+    def _project(self, name: str, axes: tuple[str, str], x: Array) -> Array:
+        features, dtype = x.shape[-1], self.style.dtype
+        if self.style.linear_projection:
+            return Dense(features, axes, dtype, name=name)(x)
+        return Conv(features, size=1, axes=axes, dtype=dtype, name=name)(x)
+
+
+class Layers(nn.Module):
+    """Base of the blocks: resnets and transformers, recomputed where wanted.
+
+    Attributes:
+      style: of the network.
+      features: channels of the block.
+      heads: of its transformers; 0: the block has none.
+      only_cross: its self-attention reads the text too.
+    """
+
+    style: Style
+    features: int
+    heads: int
+    only_cross: bool = False
+
+    def resnet(self, index: int, x: Array, temb: Array) -> Array:
+        """Applies resnets.index; to be called in a compact method."""
+        s = self.style
+        block = nn.remat(ResnetBlock2D) if s.remat == "full" else ResnetBlock2D
+        layer = block(
+            self.features, s.groups, s.epsilon, s.dtype, name=f"resnets_{index}"
+        )
+        return layer(x, temb)
+
+    def attend(self, index: int, x: Array, emb: Array) -> Array:
+        """Applies attentions.index, if the block has transformers."""
+        if not self.heads:
+            return x
+        full = self.style.remat == "full"
+        block = nn.remat(Transformer2DModel) if full else Transformer2DModel
+        name = f"attentions_{index}"
+        return block(self.heads, self.style, self.only_cross, name=name)(x, emb)
+
+
+class DownBlock(Layers):
+    """DownBlock2D, or with heads CrossAttnDownBlock2D.
+
+    Attributes:
+      layers: number of resnets.
+      downsample: halve the picture at the end.
+    """
+
+    layers: int = 2
+    downsample: bool = True
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Float[Array, "b h w i"],
+        temb: Float[Array, "b t"],
+        emb: Float[Array, "b l d"],
+    ) -> list[Array]:
+        """Returns the picture after each layer and after halving; the last goes on."""
+        pictures = []
+        for i in range(self.layers):
+            x = self.attend(i, self.resnet(i, x, temb), emb)
+            pictures.append(x)
+        if self.downsample:
+            down = Downsample2D(self.style.dtype, name="downsamplers_0")
+            pictures.append(down(x))
+        return pictures
+
+
+class MidBlock(Layers):
+    """UNetMidBlock2DCrossAttn: resnet, transformer, resnet."""
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Float[Array, "b h w c"],
+        temb: Float[Array, "b t"],
+        emb: Float[Array, "b l d"],
+    ) -> Float[Array, "b h w c"]:
+        """Applies the block at the lowest resolution."""
+        x = self.attend(0, self.resnet(0, x, temb), emb)
+        return self.resnet(1, x, temb)
+
+
+class UpBlock(Layers):
+    """UpBlock2D, or with heads CrossAttnUpBlock2D."""
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Float[Array, "b h w i"],
+        temb: Float[Array, "b t"],
+        emb: Float[Array, "b l d"],
+        skips: list[Array],
+        size: tuple[int, int] | None,
+    ) -> Float[Array, "b h2 w2 o"]:
+        """Applies the block.
+
+        Args:
+          x: picture from below.
+          temb: time embedding.
+          emb: text states.
+          skips: pictures of the way down, one a resnet, in the order of use.
+          size: grow the picture to this height and width at the end, None: do not.
+        """
+        for i, skip in enumerate(skips):
+            x = self.resnet(i, jnp.concatenate([x, skip], axis=-1), temb)
+            x = self.attend(i, x, emb)
+        if size is None:
+            return x
+        return Upsample2D(self.style.dtype, name="upsamplers_0")(x, size)
