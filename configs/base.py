@@ -40,6 +40,8 @@ def get_config() -> ConfigDict:
     c.data.min_scale = 0.5  # emoji: smallest size as a share of the picture
     c.data.max_scale = 1.0  # emoji: largest
     c.data.rotation = 15.0  # emoji: degrees either way
+    c.data.heldout = 0  # records at the end that only the held-out data loss sees, for
+    # data_term.captions "own"; "prompt" holds out augmentations and noise instead
 
     c.prompts = ConfigDict()
     c.prompts.source = "data"  # "data" (captions of the data), "file" or "list"
@@ -81,7 +83,11 @@ def get_config() -> ConfigDict:
 
     c.policy = ConfigDict()
     c.policy.weight = 1.0  # 0: no rollout, no policy term (pre-training)
-    c.policy.term = "clipped"  # "clipped" | "reinforce"
+    c.policy.term = "clipped"  # "clipped" | "reinforce" | "rwr" | "sparse_rwr": the
+    # last two fit the epoch's own samples by weighted denoising loss; their weights are
+    # those of the whole epoch, or with advantages.kind "group" of each prompt
+    c.policy.rwr_inverse_temperature = 0.2  # multiplies the reward in the softmax
+    c.policy.rwr_percentile = 0.9  # sparse_rwr: the share of samples that is dropped
     c.policy.clip_range = 1e-4
     c.policy.log_prob = "gaussian"  # "gaussian" | "squared_error" (no 1 / (2 std^2))
     c.policy.reduction = "mean"  # over the latent axes: "mean" | "sum"
@@ -105,6 +111,8 @@ def get_config() -> ConfigDict:
     c.data_term.every_step = False  # at every trained step, or once a sample
     c.data_term.time = "uniform"  # own draw: "uniform" | "logit_normal"
     c.data_term.text_dropout = 0.1
+    c.data_term.captions = "prompt"  # "prompt": data of the caption that was rolled
+    # out; "own": any record of the data under its own caption
 
     c.train = ConfigDict()
     c.train.epochs = 30
@@ -124,13 +132,15 @@ def get_config() -> ConfigDict:
     c.optimizer.eps = 1e-8
     c.optimizer.weight_decay = 0.0
     c.optimizer.grad_clip = 1.0  # global norm; 0: none
+    c.optimizer.fresh = False  # new moments and schedule each epoch (rounds of RWR)
     c.optimizer.ema_decay = 0.9  # 0: no average, evaluation uses the weights themselves
 
     c.evaluate = ConfigDict()
     c.evaluate.every = 5  # epochs; 0: only at the end
     c.evaluate.samples = 64  # one a prompt, prompts repeated in order
     c.evaluate.steps = 10  # deterministic ODE steps
-    c.evaluate.solver = "euler"  # "euler" | "heun" (ODE), "rollout" (as in training)
+    c.evaluate.solver = "euler"  # "euler" | "heun" (flow ODE), "ddim"
+    # (eta 0, for any network) or "rollout" (as in training)
     c.evaluate.guidance_scale = 1.0
     c.evaluate.data_samples = 64  # held-out data loss
     c.evaluate.pictures = 16  # of them in the grid

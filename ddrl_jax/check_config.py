@@ -44,7 +44,7 @@ def _check_names(config: Any) -> None:
     """The names of samplers, solvers, attention and rewards are those of the code."""
     used = [
         ("sampler.kernel", config.sampler.kernel, KERNELS),
-        ("evaluate.solver", config.evaluate.solver, (*METHODS, "rollout")),
+        ("evaluate.solver", config.evaluate.solver, (*METHODS, "ddim", "rollout")),
         ("model.attention", config.model.attention, tuple(IMPLEMENTATIONS)),
         *(("rewards.weights", name, tuple(REWARDS)) for name in config.rewards.weights),
         *(("rewards.heldout", name, tuple(REWARDS)) for name in config.rewards.heldout),

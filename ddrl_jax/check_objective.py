@@ -7,6 +7,7 @@ import numpy as np
 
 from ddrl_jax.config_rules import plain, require
 from ddrl_jax.diffusion.kernels import make_kernel
+from ddrl_jax.terms import WEIGHTED
 
 
 def check_objective(config: Any) -> None:
@@ -20,8 +21,11 @@ def check_objective(config: Any) -> None:
     make_kernel(config.sampler)  # checks the ranges that depend on the kernel
     if config.policy.weight > 0:
         _check_advantages(config)
-        _check_policy(config)
-        _check_trained_steps(config)
+        if config.policy.term in WEIGHTED:
+            _check_weighted(config)
+        else:
+            _check_policy(config)
+            _check_trained_steps(config)
     if config.data_term.weight > 0:
         _check_data_term(config)
 
@@ -115,6 +119,32 @@ def _check_policy(config: Any) -> None:
         got=f"train_on {tuple(policy.train_on)}, per_sample_steps True",
         wanted="one of them",
         way_out="set policy.train_on to () or policy.per_sample_steps to False",
+    )
+
+
+def _check_weighted(config: Any) -> None:
+    """RWR fits samples: what belongs to transitions has nothing to act on."""
+    policy, term = config.policy, config.data_term
+    require(
+        policy.kl_weight == 0 and not policy.train_on,
+        "RWR trains no transition of the rollout",
+        got=f"policy.kl_weight {policy.kl_weight}, train_on {tuple(policy.train_on)}",
+        wanted="kl_weight 0 and train_on ()",
+        way_out='set them so, or policy.term to "clipped"',
+    )
+    require(
+        config.advantages.kind != "tracker",
+        "the weights of RWR are those of an epoch; there is no running tracker of them",
+        got='advantages.kind "tracker"',
+        wanted='"batch" for the whole epoch or "group" for each prompt',
+        way_out="change advantages.kind",
+    )
+    require(
+        term.weight == 0 or (term.levels == "own" and not term.every_step),
+        "the data term takes noise levels from transitions, which RWR does not keep",
+        got=f'data_term.levels "{term.levels}", every_step {term.every_step}',
+        wanted='levels "own" and every_step False',
+        way_out="change them, or set data_term.weight to 0",
     )
 
 

@@ -7,15 +7,17 @@ import jax.numpy as jnp
 import numpy as np
 
 from ddrl_jax.data.prompts import draw_prompts
+from ddrl_jax.draws import draw_chunks, draw_trained_steps
 from ddrl_jax.errors import UserError
-from ddrl_jax.interfaces import Prompts, Scores
+from ddrl_jax.interfaces import Prompts, Rollout, Scores
 from ddrl_jax.learner import Minibatch, TrainState
 from ddrl_jax.metrics import Timer
 from ddrl_jax.objectives.advantages import PerPromptTracker
 from ddrl_jax.preemption import Preemption
-from ddrl_jax.program import Program, draw_chunks, draw_trained_steps
+from ddrl_jax.program import Program
 from ddrl_jax.rewards.pool import RewardPool
 from ddrl_jax.sharding import place_batch
+from ddrl_jax.terms import WEIGHTED
 
 
 class Collected(NamedTuple):
@@ -84,20 +86,30 @@ def _sample(program, state, epoch, prompts, chunks, pool, stop):
         steps = place_batch(
             program.mesh, np.ascontiguousarray(trained[:, rows]), axis=1
         )
-        images, trajectory = program.rollout(
+        found = program.rollout(
             state.params, program.frozen, chunk.keys, chunk.cond, steps
         )
+        images = found.images
         images.copy_to_host_async()
         handles.append(pool.submit(images, prompts.text[rows]))
-        chunk = chunk._replace(trajectory=trajectory, old_log_prob=trajectory.log_prob)
-        if config.policy.old_log_prob == "recompute":
-            old = program.recompute(state.params, program.frozen, _with_zeros(chunk))
-            chunk = chunk._replace(old_log_prob=old)
-        filled.append(chunk)
+        filled.append(_filled(program, state, chunk, found))
     # The judges of earlier chunks are at work meanwhile; the last pictures are waited
     # for here, so that the clock books this time on the rollout.
     jax.block_until_ready(images)
     return filled, handles
+
+
+def _filled(program: Program, state: TrainState, chunk: Minibatch, found: Rollout):
+    """The chunk with what its policy term needs: its samples, or transitions."""
+    policy = program.config.policy
+    if policy.term in WEIGHTED:
+        return chunk._replace(x0=found.x0)
+    kept = found.trajectory
+    chunk = chunk._replace(trajectory=kept, old_log_prob=kept.log_prob)
+    if policy.old_log_prob == "recompute":
+        old = program.recompute(state.params, program.frozen, _with_zeros(chunk))
+        chunk = chunk._replace(old_log_prob=old)
+    return chunk
 
 
 def _reward_metrics(weights: dict, scores: Scores) -> dict[str, float]:

@@ -7,21 +7,23 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ddrl_jax.data.prompts import choose_records, records_by_prompt
+from ddrl_jax.diffusion.kernels import make_kernel
 from ddrl_jax.diffusion.schedules import flow_sigmas
 from ddrl_jax.diffusion.solvers import solve
+from ddrl_jax.draws import draw_records, draw_trained_steps
 from ddrl_jax.interfaces import Cond, DataSource
 from ddrl_jax.learner import TrainState
 from ddrl_jax.metrics import Metrics
-from ddrl_jax.objectives.data import denoising_loss
+from ddrl_jax.objectives.data import noised, prediction_loss
 from ddrl_jax.pictures import grid
-from ddrl_jax.program import Program, draw_trained_steps
+from ddrl_jax.program import Program
 from ddrl_jax.rewards.diversity import diversity
 from ddrl_jax.rewards.pool import RewardPool
 from ddrl_jax.rewards.registry import make_rewards
 from ddrl_jax.rewards.retrieval import load_judge
-from ddrl_jax.rollout import guided, initial_noise
+from ddrl_jax.rollout import guided, initial_noise, rollout, step_times
 from ddrl_jax.sharding import place_batch
+from ddrl_jax.terms import draw_times
 
 NOISE_STREAM = 2_000_003  # folded into the seed: evaluation noise is never trained on
 DATA_STREAM = 2_000_029  # augmentation and noise of the held-out data loss
@@ -91,19 +93,16 @@ class Evaluation:
         assert loss is not None and program.source is not None, "no data to judge by"
         count = program.config.evaluate.data_samples
         index = np.arange(count, dtype=np.int32) % len(program.prompts)
-        records_of = program.records_of or records_by_prompt(
-            program.prompts, program.source.captions
-        )
-        records = choose_records(index, records_of, program.config.seed, -1 % 2**31)
+        records, captions = draw_records(program, index, -1 % 2**31, heldout=True)
+        table = program.captions.table if program.captions else program.cond_table
+        fetch = program.source.fetch
         root = jax.random.fold_in(jax.random.key(program.config.seed), DATA_STREAM)
-        losses = [
-            loss(params, program.frozen, *part, place_batch(program.mesh, rows))
-            for part, rows in zip(
-                chunks_of(program, root, index),
-                _padded(records, program.config.train.microbatch),
-                strict=True,
-            )
-        ]
+        size, losses = program.config.train.microbatch, []
+        parts = chunks_of(program, root, captions, table)
+        for part, rows in zip(parts, _padded(records, size), strict=True):
+            data = rows if fetch is None else fetch(rows)
+            data = place_batch(program.mesh, data)
+            losses.append(loss(params, program.frozen, *part, data))
         return float(np.mean(np.concatenate(jax.device_get(losses))[:count]))
 
 
@@ -113,11 +112,14 @@ def make_sampler(program: Program, settings: Any, solver: str):
     Args:
       program: the run.
       settings: with `steps` and `guidance_scale` (config.evaluate or config.sample).
-      solver: "euler" or "heun" for the deterministic ODE, or "rollout": the sampler of
-        training with its noise, steps and guidance, whatever `settings` say.
+      solver: "euler" or "heun" for the deterministic ODE of a flow network, "ddim" for
+        the same of any network, or "rollout": the sampler of training with its noise,
+        steps and guidance, whatever `settings` say.
     """
     if solver == "rollout":
         return _rollout_sampler(program)
+    if solver == "ddim":
+        return _ddim_sampler(program, settings)
     apply, pipeline = program.objective.apply, program.pipeline
     times = flow_sigmas(settings.steps, program.config.sampler.shift)
 
@@ -129,10 +131,32 @@ def make_sampler(program: Program, settings: Any, solver: str):
             settings.guidance_scale,
         )
         noise = initial_noise(keys, pipeline.latent_shape)
-        x0 = solve(lambda z, t: policy(z, t, cond), noise, times, solver)
-        return pipeline.decode(x0)
+        return solve(lambda z, t: policy(z, t, cond), noise, times, solver)
 
-    return sample
+    return lambda *inputs: program.decode(sample(*inputs))
+
+
+def _ddim_sampler(program: Program, settings: Any):
+    """DDIM with eta 0 (arXiv 2010.02502, Eq. 12)."""
+    objective, pipeline = program.objective, program.pipeline
+    sampler = program.config.sampler.copy_and_resolve_references()
+    sampler.update(kernel="ddim", eta=0.0, steps=settings.steps)
+    kernel = make_kernel(sampler, pipeline.prediction)
+    size = program.config.train.microbatch
+    times = place_batch(program.mesh, step_times(kernel, size), axis=1)
+    unread = place_batch(program.mesh, np.zeros((0, size), np.int32), axis=1)
+
+    @jax.jit
+    def sample(params, frozen, keys, cond: Cond, times, unread):
+        policy = guided(
+            lambda z, time, c: objective.apply(params, frozen, z, time, c),
+            pipeline.uncond,
+            settings.guidance_scale,
+        )
+        shape, score = pipeline.latent_shape, objective.score
+        return rollout(policy, kernel, score, keys, cond, shape, times, unread)[0]
+
+    return lambda *inputs: program.decode(sample(*inputs, times, unread))
 
 
 def _rollout_sampler(program: Program):
@@ -142,7 +166,7 @@ def _rollout_sampler(program: Program):
     unread = place_batch(program.mesh, np.ascontiguousarray(kept), axis=1)
 
     def sample(params, frozen, keys, cond: Cond):
-        return program.rollout(params, frozen, keys, cond, unread)[0]
+        return program.rollout(params, frozen, keys, cond, unread).images
 
     return sample
 
@@ -174,30 +198,36 @@ def _make_data_loss(program: Program, source: DataSource):
     def loss(params, frozen, keys, cond: Cond, records):
         draw = jax.vmap(lambda k: jax.random.split(k, 3))(keys)
         x0 = source.latents(records, draw[:, 0])
-        time = jax.vmap(jax.random.uniform)(draw[:, 1])
+        time = draw_times("uniform", draw[:, 1], objective.prediction)
         eps = initial_noise(draw[:, 2], objective.latent_shape)
-        t = time.reshape(-1, *(1,) * (x0.ndim - 1))
-        out = objective.apply(params, frozen, (1 - t) * x0 + t * eps, time, cond)
-        return denoising_loss(out, x0, eps, time, objective.data.weighting)
+        z = noised(x0, eps, time, objective.prediction)
+        out = objective.apply(params, frozen, z, time, cond)
+        weighting = objective.data.weighting
+        return prediction_loss(out, x0, eps, time, weighting, objective.prediction)
 
     return loss
 
 
 def chunks_of(
-    program: Program, root: jax.Array, index: np.ndarray
+    program: Program,
+    root: jax.Array,
+    index: np.ndarray,
+    table: Cond | None = None,
 ) -> Iterator[tuple[jax.Array, Cond]]:
     """(keys, cond) of each microbatch; the last one is filled up with repeats.
 
     Args:
       program: the run.
       root: key of the stream; sample i draws from it folded with i.
-      index: prompt of each sample.
+      index: row of each sample's text in the table.
+      table: of embeddings; None: those of the prompts.
     """
+    table = program.cond_table if table is None else table
     size = program.config.train.microbatch
     for number, rows in enumerate(_padded(index, size)):
         sample = number * size + jnp.arange(size)
         keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(root, sample)
-        cond = jax.tree.map(lambda t, r=rows: t[r], program.cond_table)
+        cond = jax.tree.map(lambda t, r=rows: t[r], table)
         yield place_batch(program.mesh, (keys, cond))
 
 

@@ -116,28 +116,35 @@ class DataSource(NamedTuple):
 
     Attributes:
       captions: the caption of each record.
-      latents: (records [b] int32, keys [b]) -> [b *x] float32; the key draws the
-        augmentation, so the same record and key give the same picture anywhere.
+      latents: (records, keys [b]) -> [b *x] float32, jitted with the update; the key
+        draws the augmentation, so the same record and key give the same picture
+        anywhere. `records` are numbers [b] int32, or what `fetch` gave for them.
+      fetch: record numbers [b] -> a tree of host arrays with leading axis b, for data
+        that is too large for the device; None: it is there already.
     """
 
     captions: tuple[str, ...]
-    latents: Callable[[Int[Array, " b"], Key[Array, " b"]], Float[Array, "b *x"]]
+    latents: Callable[[Any, Key[Array, " b"]], Float[Array, "b *x"]]
+    fetch: Callable[[Int[np.ndarray, " b"]], Any] | None = None
 
 
 class Pipeline(NamedTuple):
     """A model as the rest of the program sees it: four callables and a tree.
 
     Attributes:
-      encode: prompts -> Cond. Raises ValueError for a prompt it can not read.
+      encode: prompts -> Cond. Raises UserError for a prompt it can not read.
       uncond: Cond with batch 1, the empty prompt.
       init: key -> {"params": tree, "lora": tree or None}.
       denoise: (params, lora, z [b *x], time [b], cond) -> prediction [b *x] float32.
-      decode: x0 [b *x] -> uint8 [b h w c].
+      decode: x0 [b *x] -> uint8 [b h w c], a `jax.tree_util.Partial` whose leaves are
+        the weights of a decoder: handed to a jitted function it brings them along.
       axes: the trees of init with a tuple of logical axis names as each leaf.
       latent_shape: the shape *x of one latent.
       prediction: what denoise returns: "velocity", "eps", "v" or "x0".
       load: () -> params of the starting checkpoint, or None for a random start.
       fingerprint: names the weights of the starting checkpoint.
+      encode_images: uint8 [b h w c] -> (mean, logvar) [b *x] of their latents; None
+        where a latent is the picture itself.
     """
 
     encode: Callable[[Sequence[str]], Cond]
@@ -150,6 +157,15 @@ class Pipeline(NamedTuple):
     prediction: str
     load: Callable[[], Params | None]
     fingerprint: str
+    encode_images: Callable[[Any], tuple[Array, Array]] | None = None
+
+
+class Rollout(NamedTuple):
+    """What one chunk of rollouts gives: pictures, kept transitions and latents."""
+
+    images: UInt8[Array, "b h w c"]
+    trajectory: Trajectory
+    x0: Float[Array, "b *x"]
 
 
 Mask = Bool[Array, " b"]

@@ -2,6 +2,7 @@
 sample share."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -11,7 +12,7 @@ import optax
 from jax.sharding import Mesh
 
 from ddrl_jax.data.emoji import emoji_source
-from ddrl_jax.data.prompts import choose_records, prompt_list, records_by_prompt
+from ddrl_jax.data.prompts import prompt_list, records_by_prompt, require_records
 from ddrl_jax.data.samples import sample_source
 from ddrl_jax.diffusion.kernels import make_kernel
 from ddrl_jax.interfaces import (
@@ -20,7 +21,7 @@ from ddrl_jax.interfaces import (
     Kernel,
     Params,
     Pipeline,
-    Prompts,
+    Rollout,
 )
 from ddrl_jax.learner import (
     Minibatch,
@@ -42,6 +43,14 @@ DATA_STREAM = (
 )
 
 
+class Captions(NamedTuple):
+    """The data's own captions: their embeddings, once each, and each record's row."""
+
+    table: Cond
+    of_record: np.ndarray  # [records] int32
+    training: int  # records before the held-out ones
+
+
 class Program(NamedTuple):
     """Everything of a run but its state; the functions are jitted."""
 
@@ -53,16 +62,19 @@ class Program(NamedTuple):
     prompts: tuple[str, ...]
     records_of: tuple[np.ndarray, ...]
     cond_table: Cond
+    captions: Captions | None  # where the data keeps its own captions
     objective: Objective
     frozen: Params  # the base under a LoRA; empty for full fine-tuning
     reference: Any  # (params, frozen) of the starting policy where KL is on
     new_state: Callable[[], TrainState]
     abstract_state: Callable[[], TrainState]  # shapes with shardings
-    prepare: Callable  # (epoch, offset, pass, prompt_index, records) -> Minibatch
-    rollout: Callable  # (params, frozen, chunk, trained) -> (images, trajectory)
+    prepare: Callable  # (epoch, offset, pass, prompts, data, captions) -> Minibatch
+    decode: Callable  # x0 -> uint8 images
+    rollout: Callable  # (params, frozen, keys, cond, trained) -> Rollout
     recompute: Callable
     advantages: Callable  # (values, valid, group, index, tracker) -> (adv, tracker)
     update: Callable  # (state, frozen, reference, chunks) -> (state, metrics)
+    refresh: Callable[[TrainState], TrainState]  # new moments and schedule, donated
 
 
 def build(config) -> Program:
@@ -78,11 +90,15 @@ def build(config) -> Program:
     captions = source.captions if source else ()
     prompts = prompt_list(config.prompts, captions, config.seed)
     needs_data = config.data_term.weight > 0
-    records = records_by_prompt(prompts, captions) if needs_data else ()
+    paired = needs_data and config.data_term.captions == "prompt"
+    records = records_by_prompt(prompts, captions) if paired else ()
     objective = make_objective(config, pipeline, kernel, source if needs_data else None)
     tx = make_optimizer(config.optimizer, total_updates(config))
-    base, shapes, shardings = _initial_params(config, pipeline, mesh)
+    # Before the weights: a prompt that can not be read is an error without a wait.
     cond_table = jax.device_put(pipeline.encode(prompts), replicated(mesh))
+    decode = partial(jax.jit(lambda decode, x0: decode(x0)), pipeline.decode)
+    own = _own_captions(config, pipeline, source, mesh)
+    base, shapes, shardings = _initial_params(config, pipeline, mesh)
     frozen, trainable = _split(config, base)
     reference = None
     if config.policy.kl_weight:
@@ -99,19 +115,26 @@ def build(config) -> Program:
         prompts=prompts,
         records_of=records,
         cond_table=cond_table,
+        captions=own,
         objective=objective,
         frozen=frozen,
         reference=reference,
         new_state=lambda: start(trainable),
         abstract_state=lambda: _abstract(shapes, states, tx),
-        prepare=_make_prepare(config, mesh, cond_table, needs_data),
-        rollout=_make_rollout(config, mesh, objective, pipeline),
+        prepare=_make_prepare(config, mesh, cond_table, needs_data, own),
+        decode=decode,
+        rollout=_make_rollout(config, mesh, objective, decode),
         recompute=jax.jit(make_recompute(objective)),
         advantages=jax.jit(make_advantages(config)),
         update=jax.jit(
             make_update(objective, tx, config.optimizer.ema_decay),
             donate_argnames="state",
             out_shardings=(states, None),
+        ),
+        refresh=jax.jit(
+            lambda state: state._replace(opt_state=tx.init(state.params)),
+            donate_argnames="state",
+            out_shardings=states,
         ),
     )
 
@@ -154,53 +177,8 @@ def make_objective(config, pipeline, kernel, source) -> Objective:
         source=source,
         uncond=pipeline.uncond,
         latent_shape=pipeline.latent_shape,
+        prediction=pipeline.prediction,
     )
-
-
-def draw_chunks(
-    program: Program, prompts: Prompts, epoch: int, inner: int
-) -> list[Minibatch]:
-    """The epoch's samples in chunks of one microbatch, without trajectories yet.
-
-    Args:
-      program: the run.
-      prompts: of the epoch.
-      epoch: from 0.
-      inner: pass over the epoch's samples; each draws other data and data noise.
-    """
-    size = program.config.train.microbatch
-    records = np.zeros_like(prompts.index)
-    if program.records_of:
-        draw = epoch * program.config.train.inner_epochs + inner
-        records = choose_records(
-            prompts.index, program.records_of, program.config.seed, draw
-        )
-    return [
-        program.prepare(
-            epoch, start, inner, prompts.index[start : start + size],
-            records[start : start + size],
-        )
-        for start in range(0, len(prompts.index), size)
-    ]  # fmt: skip
-
-
-def draw_trained_steps(config, kernel: Kernel, epoch: int, samples: int) -> np.ndarray:
-    """Step indices [t samples] trained this epoch, ascending for each sample.
-
-    config.policy.train_on names them; else train_steps of the noisy ones are drawn by
-    (seed, epoch), the same for all samples or, with per_sample_steps, for each.
-    """
-    policy = config.policy
-    noisy = np.flatnonzero(kernel.stochastic)
-    if policy.train_on:
-        steps = np.array(policy.train_on, np.int32)
-        return np.repeat(np.sort(steps)[:, None], samples, 1)
-    count = policy.train_steps or len(noisy)
-    random = np.random.default_rng([config.seed, 4, epoch])
-    draws = samples if policy.per_sample_steps else 1
-    keys = random.random((len(noisy), draws))
-    chosen = np.sort(noisy[np.argsort(keys, axis=0)[:count]], axis=0)
-    return np.broadcast_to(chosen, (count, samples)).astype(np.int32)
 
 
 def _initial_params(config, pipeline: Pipeline, mesh: Mesh):
@@ -250,9 +228,23 @@ def _abstract(shapes, states: TrainState, tx) -> TrainState:
     )
 
 
-def _make_prepare(config, mesh: Mesh, cond_table: Cond, needs_data: bool) -> Callable:
+def _own_captions(config, pipeline: Pipeline, source, mesh: Mesh) -> Captions | None:
+    if source is None or config.data_term.captions == "prompt":
+        return None
+    unique = tuple(dict.fromkeys(source.captions))
+    row = {caption: i for i, caption in enumerate(unique)}
+    rows = np.array([row[caption] for caption in source.captions], np.int32)
+    require_records(len(rows), config.data.heldout)
+    table = jax.device_put(pipeline.encode(unique), replicated(mesh))
+    return Captions(table, rows, len(rows) - config.data.heldout)
+
+
+def _make_prepare(config, mesh: Mesh, cond_table: Cond, needs_data: bool, own):
+    data_table = cond_table if own is None else own.table
+
     @jax.jit
-    def draw(epoch, offset, inner, index, records, table):
+    def draw(scalars, index, data, captions, table, data_table):
+        epoch, offset, inner = scalars
         root = jax.random.key(config.seed)
         stream = jax.random.fold_in(jax.random.fold_in(root, DATA_STREAM), inner)
         sample = offset + jnp.arange(index.shape[0])
@@ -260,18 +252,19 @@ def _make_prepare(config, mesh: Mesh, cond_table: Cond, needs_data: bool) -> Cal
         keys = fold(jax.random.fold_in(root, epoch), sample)
         data_keys = fold(jax.random.fold_in(stream, epoch), sample)
         cond = jax.tree.map(lambda t: t[index], table)
-        data = (records, cond) if needs_data else (None, None)
-        return Minibatch(keys, data_keys, cond, *data, None, None, None)
+        data_cond = jax.tree.map(lambda t: t[captions], data_table)
+        pair = (data, data_cond) if needs_data else (None, None)
+        return Minibatch(keys, data_keys, cond, *pair, None, None, None)
 
-    def prepare(epoch, offset, inner, index, records):
+    def prepare(epoch, offset, inner, index, data, captions):
         scalars = (np.int32(epoch), np.int32(offset), np.int32(inner))
-        index, records = place_batch(mesh, (index, records))
-        return draw(*scalars, index, records, cond_table)
+        placed = place_batch(mesh, (index, data, captions))
+        return draw(scalars, *placed, cond_table, data_table)
 
     return prepare
 
 
-def _make_rollout(config, mesh: Mesh, objective: Objective, pipeline: Pipeline):
+def _make_rollout(config, mesh: Mesh, objective: Objective, decode: Callable):
     times = step_times(objective.kernel, config.train.microbatch)
     times = place_batch(mesh, times, axis=1)
 
@@ -280,7 +273,7 @@ def _make_rollout(config, mesh: Mesh, objective: Objective, pipeline: Pipeline):
         def denoise(z, time, c):
             return objective.apply(params, frozen, z, time, c)
 
-        x0, trajectory = rollout(
+        return rollout(
             objective.guide(denoise),
             objective.kernel,
             objective.score,
@@ -290,8 +283,9 @@ def _make_rollout(config, mesh: Mesh, objective: Objective, pipeline: Pipeline):
             times,
             trained,
         )
-        return pipeline.decode(x0), trajectory
 
-    return lambda params, frozen, keys, cond, trained: sample(
-        params, frozen, keys, cond, times, trained
-    )
+    def run(params, frozen, keys, cond, trained) -> Rollout:
+        x0, trajectory = sample(params, frozen, keys, cond, times, trained)
+        return Rollout(decode(x0), trajectory, x0)
+
+    return run

@@ -5,9 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from ddrl_jax.data.prompts import draw_prompts
+from ddrl_jax.draws import draw_chunks
 from ddrl_jax.errors import UserError
 from ddrl_jax.learner import TrainState, accumulate, policy_items, policy_loss
-from ddrl_jax.program import Program, draw_chunks
+from ddrl_jax.program import Program
 from ddrl_jax.sharding import place_batch
 
 
@@ -33,13 +34,14 @@ def ratio_deviations(program: Program, state: TrainState) -> dict[str, np.ndarra
     chunk = draw_chunks(program, prompts, 0, 0)[0]
     steps = np.flatnonzero(kernel.stochastic).astype(np.int32)
     trained = np.repeat(steps[:, None], config.train.microbatch, 1)
-    _, trajectory = program.rollout(
+    sampled = program.rollout(
         state.params,
         program.frozen,
         chunk.keys,
         chunk.cond,
         place_batch(program.mesh, trained, axis=1),
     )
+    trajectory = sampled.trajectory
     ones = jnp.ones(chunk.keys.shape, jnp.float32)
     chunk = chunk._replace(
         trajectory=trajectory, old_log_prob=trajectory.log_prob, advantages=ones

@@ -8,17 +8,19 @@ import numpy as np
 
 from ddrl_jax.checkpoint import Checkpoints
 from ddrl_jax.collect import Collected, collect
+from ddrl_jax.draws import draw_chunks
 from ddrl_jax.errors import UserError
 from ddrl_jax.evaluate import Evaluation
 from ddrl_jax.learner import TrainState
 from ddrl_jax.metrics import Metrics, ProgressBar, Timer
 from ddrl_jax.preemption import Preemption
-from ddrl_jax.program import Program, build, draw_chunks
+from ddrl_jax.program import Program, build
 from ddrl_jax.report import write_report
 from ddrl_jax.resume import samples_per_epoch, save, start
 from ddrl_jax.rewards.pool import RewardPool
 from ddrl_jax.rewards.registry import make_rewards
 from ddrl_jax.self_test import check_ratio
+from ddrl_jax.terms import WEIGHTED
 from ddrl_jax.workdir import Workdir, open_workdir
 
 
@@ -57,7 +59,7 @@ def run(
         print(f"{home.root}: all {epoch} epochs are done", flush=True)
         return
     home.truncate_metrics(epoch if epoch else -1)
-    if config.policy.weight:
+    if config.policy.weight and config.policy.term not in WEIGHTED:
         check_ratio(program, state)
     evaluation, timer = Evaluation(program), Timer()
     with (
@@ -113,6 +115,8 @@ def update_epoch(
     exact; the order of the chunks is drawn anew for each inner epoch.
     """
     config = program.config
+    if config.optimizer.fresh:
+        state = program.refresh(state)
     history = []
     for inner in range(config.train.inner_epochs):
         chunks = batch.chunks

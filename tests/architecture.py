@@ -24,7 +24,8 @@ PLUMBING = ("optim", "sharding", "metrics", "workdir", "preemption", "pictures")
 PLUMBING += ("checkpoint", "fingerprint", "report")
 CHECKS = ("config_rules", "check_config", "check_objective", "command_line")
 PARTS = ("diffusion", "objectives", "models", "rewards", "data", "rollout", "learner")
-RUN = ("program", "collect", "self_test", "resume")  # one run put together
+PARTS += ("terms",)
+RUN = ("program", "draws", "collect", "self_test", "resume")  # one run put together
 MODES = ("evaluate", "sample", "export", "plan")
 BELOW_TRAIN = (*PARTS, *PLUMBING, *CHECKS, *RUN)
 IMPORT_TABLE: dict[str, tuple[str, ...]] = {
@@ -38,10 +39,14 @@ IMPORT_TABLE: dict[str, tuple[str, ...]] = {
     "rewards": ("rewards", "models.clip"),
     "data": ("data",),
     "rollout": ("diffusion.gaussian",),
-    "learner": ("rollout", "objectives", "diffusion", "optim", "sharding"),
+    "terms": ("rollout", "objectives", "diffusion"),
+    "learner": ("terms", "rollout", "objectives", "diffusion", "optim", "sharding"),
     **{name: () for name in PLUMBING},
     "checkpoint": ("fingerprint",),
-    **{name: ("diffusion", "models", "rewards", "data", *CHECKS) for name in CHECKS},
+    **{
+        name: ("diffusion", "models", "rewards", "data", "terms", *CHECKS)
+        for name in CHECKS
+    },
     **{name: (*PARTS, *PLUMBING, *RUN) for name in RUN},
     **{name: (*BELOW_TRAIN, *MODES) for name in MODES},
     "train": (*BELOW_TRAIN, *MODES),

@@ -46,7 +46,7 @@ def test_an_epoch(run):
         np.testing.assert_array_equal(chunk.trajectory.index[:, 0], steps)
         assert same_bits(chunk.old_log_prob, chunk.trajectory.log_prob)
         trained = chunk.trajectory.index
-        images, _ = program.rollout(
+        images, _, _ = program.rollout(
             state.params, program.frozen, chunk.keys, chunk.cond, trained
         )
         rewards.append(brightness(np.asarray(images), found.prompts.text[rows]))

@@ -10,8 +10,8 @@ from tiny_runs import WORDS, flat_source, perturbed_state, tiny_program
 from ddrl_jax import evaluate
 from ddrl_jax.data.prompts import draw_prompts
 from ddrl_jax.diffusion.gaussian import Gaussian
+from ddrl_jax.draws import draw_chunks
 from ddrl_jax.metrics import Metrics
-from ddrl_jax.program import draw_chunks
 from ddrl_jax.rollout import transition
 
 

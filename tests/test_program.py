@@ -17,10 +17,9 @@ from tiny_runs import (
 
 from ddrl_jax.data.prompts import draw_prompts
 from ddrl_jax.diffusion.kernels import make_kernel
+from ddrl_jax.draws import draw_chunks, draw_trained_steps
 from ddrl_jax.program import (
     DATA_STREAM,
-    draw_chunks,
-    draw_trained_steps,
     make_source,
     total_updates,
 )
@@ -56,7 +55,7 @@ def test_a_samples_key_is_the_rule_of_the_design(program):
 def test_the_cut_into_chunks_changes_no_key(program):
     prompts, chunks = draw(program)
     index, records = prompts.index, np.zeros(8, np.int32)
-    whole = program.prepare(0, 0, 0, index, records)
+    whole = program.prepare(0, 0, 0, index, records, index)
     for name in ("keys", "data_keys"):
         parts = np.concatenate([raw(getattr(c, name)) for c in chunks])
         np.testing.assert_array_equal(raw(getattr(whole, name)), parts)
@@ -166,7 +165,7 @@ def test_pictures_and_trajectories(program):
     state = perturbed_state(program)
     _, (chunk, _) = draw(program)
     steps = jnp.asarray([[0] * 4, [2] * 4], jnp.int32)
-    images, kept = program.rollout(
+    images, kept, _ = program.rollout(
         state.params, program.frozen, chunk.keys, chunk.cond, steps
     )
     assert images.shape == (4, 16, 16, 3) and images.dtype == jnp.uint8

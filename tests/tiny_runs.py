@@ -8,8 +8,9 @@ import numpy as np
 from edited_config import configured
 
 from ddrl_jax import program as program_module
+from ddrl_jax.draws import draw_chunks
 from ddrl_jax.interfaces import DataSource
-from ddrl_jax.program import Program, build, draw_chunks
+from ddrl_jax.program import Program, build
 
 WORDS = ("cat", "dog", "red apple", "shaved ice")
 TINY = {
@@ -93,7 +94,7 @@ def chunks_with_trajectories(program: Program, state: Any, prompts: Any) -> list
     advantages = jnp.where(jnp.arange(size) % 2, 1.0, -1.0)
     chunks = []
     for chunk in draw_chunks(program, prompts, 0, 0):
-        _, trajectory = program.rollout(
+        _, trajectory, _ = program.rollout(
             state.params, program.frozen, chunk.keys, chunk.cond, trained
         )
         chunks.append(

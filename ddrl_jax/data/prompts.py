@@ -136,3 +136,15 @@ def records_by_prompt(
             "config.data.source='samples', or set config.data_term.weight=0",
         )
     return tuple(np.array(where[p], np.int32) for p in prompts)
+
+
+def require_records(total: int, heldout: int) -> None:
+    """Raises UserError where holding out so many records leaves none to train on."""
+    if heldout < total:
+        return
+    raise UserError(
+        "config.data.heldout leaves no record to train on",
+        got=f"{heldout} held out of {total} records",
+        wanted=f"fewer than {total}",
+        way_out="lower config.data.heldout",
+    )

@@ -15,6 +15,7 @@ from ddrl_jax.diffusion.gaussian import Level, per_sample
 
 TRAIN_STEPS = 1000  # levels of the Stable Diffusion schedule
 BETA_FIRST, BETA_LAST = 0.00085, 0.012  # its betas, linear in their square roots
+TIMESTEP_SNAP = 1e-3  # a timestep this close to an integer is that integer
 STEPS_OFFSET = 1  # its samplers end at timestep 1, not 0
 KARRAS_RHO = 7.0  # exponent of the EDM grid (Karras et al. 2022, equation 5)
 
@@ -117,11 +118,22 @@ def ddim_levels(steps: int, offset: int = STEPS_OFFSET) -> np.ndarray:
 def sd_timestep(alpha_bar: Level) -> Array:
     """The timestep of Stable Diffusion at alpha_bar, linear between timesteps.
 
-    The inverse of `sd_alpha_bars`: exact on the schedule, at its ends beyond it.
+    The inverse of `sd_alpha_bar`: exact on the schedule, at its ends beyond it.
     """
     ascending = jnp.asarray(sd_alpha_bars()[::-1], jnp.float32)
     timesteps = jnp.arange(TRAIN_STEPS - 1, -1, -1, dtype=jnp.float32)
-    return jnp.interp(jnp.asarray(alpha_bar, jnp.float32), ascending, timesteps)
+    found = jnp.interp(jnp.asarray(alpha_bar, jnp.float32), ascending, timesteps)
+    # float32 leaves an on-schedule level a few 1e-4 beside its timestep, which the
+    # network was trained on as an integer and which its embedding would show.
+    nearest = jnp.round(found)
+    return jnp.where(jnp.abs(found - nearest) < TIMESTEP_SNAP, nearest, found)
+
+
+def sd_alpha_bar(timestep: Level) -> Array:
+    """alpha_bar of a (fractional) timestep of Stable Diffusion, float32."""
+    levels = jnp.asarray(sd_alpha_bars(), jnp.float32)
+    grid = jnp.arange(TRAIN_STEPS, dtype=jnp.float32)
+    return jnp.interp(jnp.asarray(timestep, jnp.float32), grid, levels)
 
 
 def karras_sigmas(

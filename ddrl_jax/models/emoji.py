@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 from jax.sharding import PartitionSpec as P
+from jax.tree_util import Partial
 from jaxtyping import Array, Float, Int, UInt8
 
 from ddrl_jax.errors import UserError
@@ -167,7 +168,7 @@ def emoji_pipeline(config) -> Pipeline:
         uncond=Cond(jnp.zeros((1, LENGTH), jnp.int32)),
         init=lambda key: nn.meta.unbox(boxed_init(key)),
         denoise=denoise,
-        decode=decode,
+        decode=Partial(decode),
         axes=axes,
         latent_shape=shape,
         prediction="velocity",

@@ -8,6 +8,8 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array, Float
 
+from ddrl_jax.diffusion import schedules
+from ddrl_jax.diffusion.gaussian import per_sample
 from ddrl_jax.errors import UserError
 
 WEIGHTINGS = ("velocity", "edm", "eps")
@@ -57,7 +59,84 @@ def denoising_loss(
         return (jnp.square(1.0 - t) + jnp.square(t)) * error
     if weighting == "eps":
         return jnp.square(1.0 - t) * error
-    raise UserError(
+    raise _unknown(weighting)
+
+
+def noised(
+    x0: Float[Array, "b *x"],
+    eps: Float[Array, "b *x"],
+    time: Float[Array, " b"],
+    source: str = "velocity",
+) -> Float[Array, "b *x"]:
+    """The network's input at `time`: flow for "velocity", else Stable Diffusion's VP.
+
+    (1 - t) x0 + t eps, or sqrt(abar) x0 + sqrt(1 - abar) eps at timestep t.
+
+    Args:
+      x0: clean data.
+      eps: unit Gaussian noise.
+      time: t in [0, 1], or a timestep in [0, 999].
+      source: what the network predicts: "velocity", "eps", "x0" or "v".
+    """
+    if source == "velocity":
+        t = time.reshape(-1, *(1,) * (x0.ndim - 1))
+        return (1 - t) * x0 + t * eps
+    alpha, sigma = schedules.VP.scales(schedules.sd_alpha_bar(time))
+    return per_sample(alpha, x0) * x0 + per_sample(sigma, x0) * eps
+
+
+def prediction_loss(
+    prediction: Float[Array, "b *x"],
+    x0: Float[Array, "b *x"],
+    eps: Float[Array, "b *x"],
+    time: Float[Array, " b"],
+    weighting: str,
+    source: str = "velocity",
+) -> Float[Array, " b"]:
+    """`denoising_loss` for any network: in flow time or on Stable Diffusion's schedule.
+
+    For a VP state alpha x0 + sigma eps the error is taken in what the network
+    predicts and brought to eps by |d eps / d prediction|, 1 for eps, alpha for v =
+    alpha eps - sigma x0, alpha / sigma for x0. E = mean_x (eps_hat - eps)^2 is the
+    loss of "eps" (arXiv 2006.11239, Eq. 14). At the flow time tau = sigma / (alpha +
+    sigma) of the same noise ratio E = (1 - tau)^2 D, which gives "velocity" = D and
+    "edm" = ((1 - tau)^2 + tau^2) D.
+
+    Args:
+      prediction: of the network at `noised(x0, eps, time, source)`.
+      x0: clean data.
+      eps: the noise in that state.
+      time: as in `noised`.
+      weighting: one of `WEIGHTINGS`.
+      source: what the network predicts.
+
+    Returns:
+      One loss a sample, a mean over the latent axes, float32.
+
+    Raises:
+      UserError: unknown `weighting`.
+    """
+    if source == "velocity":
+        return denoising_loss(prediction, x0, eps, time, weighting)
+    alpha, sigma = schedules.VP.scales(schedules.sd_alpha_bar(time))
+    a, s = per_sample(alpha, x0), per_sample(sigma, x0)
+    target = {"eps": eps, "x0": x0, "v": a * eps - s * x0}[source]
+    scale = {"eps": jnp.ones_like(alpha), "x0": alpha / sigma, "v": alpha}[source]
+    square = jnp.square(prediction.astype(jnp.float32) - target.astype(jnp.float32))
+    error = jnp.square(scale) * jnp.mean(square, axis=tuple(range(1, square.ndim)))
+    tau = sigma / (alpha + sigma)
+    weights = {
+        "eps": jnp.ones_like(tau),
+        "velocity": 1.0 / jnp.square(1.0 - tau),
+        "edm": (jnp.square(1.0 - tau) + jnp.square(tau)) / jnp.square(1.0 - tau),
+    }
+    if weighting not in weights:
+        raise _unknown(weighting)
+    return weights[weighting] * error
+
+
+def _unknown(weighting: str) -> UserError:
+    return UserError(
         "unknown weighting of the data loss",
         got=repr(weighting),
         wanted="one of " + ", ".join(WEIGHTINGS),

@@ -1,0 +1,89 @@
+"""What an epoch works on, drawn by (seed, epoch): samples, records, trained steps."""
+
+from typing import Any
+
+import numpy as np
+
+from ddrl_jax.data.prompts import choose_records, records_by_prompt
+from ddrl_jax.interfaces import Kernel, Prompts
+from ddrl_jax.learner import Minibatch
+from ddrl_jax.program import Program
+from ddrl_jax.terms import WEIGHTED
+
+
+def draw_chunks(
+    program: Program, prompts: Prompts, epoch: int, inner: int
+) -> list[Minibatch]:
+    """The epoch's samples in chunks of one microbatch, without trajectories yet.
+
+    Args:
+      program: the run.
+      prompts: of the epoch.
+      epoch: from 0.
+      inner: pass over the epoch's samples; each draws other data and data noise.
+    """
+    size, total = program.config.train.microbatch, len(prompts.index)
+    draw = epoch * program.config.train.inner_epochs + inner
+    records, captions = draw_records(program, prompts.index, draw)
+    fetch = program.source.fetch if program.source else None
+    chunks = []
+    for start in range(0, total, size):
+        rows = slice(start, start + size)
+        data = records[rows] if fetch is None else fetch(records[rows])
+        chunks.append(
+            program.prepare(
+                epoch, start, inner, prompts.index[rows], data, captions[rows]
+            )
+        )
+    return chunks
+
+
+def draw_records(
+    program: Program, prompt_index: np.ndarray, draw: int, heldout: bool = False
+) -> tuple[np.ndarray, np.ndarray]:
+    """A record for each sample, and the row of its caption in the table of captions.
+
+    Args:
+      program: the run.
+      prompt_index: [b] prompt of each sample.
+      draw: number of this draw, another one for each pass over the samples.
+      heldout: of the records that training never sees, where there are any.
+    """
+    seed, own = program.config.seed, program.captions
+    if own is not None:
+        total = len(own.of_record)
+        first, last = (own.training, total) if heldout else (0, own.training)
+        first = first if first < last else 0
+        random = np.random.default_rng([seed, 3, draw])
+        records = random.integers(first, last, len(prompt_index)).astype(np.int32)
+        return records, own.of_record[records]
+    if not program.records_of and not heldout:
+        return np.zeros_like(prompt_index), prompt_index
+    records_of = program.records_of
+    if not records_of:
+        assert program.source is not None, "no data to draw from"
+        records_of = records_by_prompt(program.prompts, program.source.captions)
+    return choose_records(prompt_index, records_of, seed, draw), prompt_index
+
+
+def draw_trained_steps(
+    config: Any, kernel: Kernel, epoch: int, samples: int
+) -> np.ndarray:
+    """Step indices [t samples] trained this epoch, ascending for each sample.
+
+    config.policy.train_on names them; else train_steps of the noisy ones are drawn by
+    (seed, epoch), the same for all samples or, with per_sample_steps, for each.
+    """
+    policy = config.policy
+    if policy.term in WEIGHTED:  # fits the samples: no transition is kept
+        return np.zeros((0, samples), np.int32)
+    noisy = np.flatnonzero(kernel.stochastic)
+    if policy.train_on:
+        steps = np.array(policy.train_on, np.int32)
+        return np.repeat(np.sort(steps)[:, None], samples, 1)
+    count = policy.train_steps or len(noisy)
+    random = np.random.default_rng([config.seed, 4, epoch])
+    draws = samples if policy.per_sample_steps else 1
+    keys = random.random((len(noisy), draws))
+    chosen = np.sort(noisy[np.argsort(keys, axis=0)[:count]], axis=0)
+    return np.broadcast_to(chosen, (count, samples)).astype(np.int32)

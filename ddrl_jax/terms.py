@@ -1,0 +1,211 @@
+"""The terms of the loss, each on one microbatch at a time.
+
+    loss = policy_weight * policy term + kl_weight * step KL + data_weight * data term
+
+The policy term is a surrogate along the stored transitions, or, for RWR, a weighted
+denoising loss on the policy's own samples.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Key
+
+from ddrl_jax.interfaces import Cond, DataSource, Kernel, Metrics, Params, Trajectory
+from ddrl_jax.objectives.data import noised, prediction_loss
+from ddrl_jax.objectives.policy import clipped_surrogate, reinforce, step_kl
+from ddrl_jax.rollout import Policy, Score, initial_noise, replay_step
+
+# (trainable, frozen, z, time, cond) -> prediction, without guidance
+Apply = Callable[[Params, Params, Array, Array, Cond], Array]
+
+WEIGHTED = ("rwr", "sparse_rwr")  # policy terms that fit samples, without log-probs
+FIT_STREAM = 11  # folded into the data key: draws of the fit to own samples
+TRAIN_STEPS = 1000.0  # timesteps of Stable Diffusion's schedule
+
+
+class Minibatch(NamedTuple):
+    """One microbatch of samples; an optimizer step sees a tuple of them."""
+
+    keys: Key[Array, " b"]  # of the samples: their initial noise is a function of it
+    data_keys: Key[Array, " b"]  # of the data draws
+    cond: Cond
+    records: Any  # of the data: numbers [b], or what DataSource.fetch gave, or None
+    data_cond: Cond | None
+    trajectory: Trajectory | None
+    old_log_prob: Float[Array, "t b"] | None
+    advantages: Float[Array, " b"] | None  # for RWR the weights of the samples
+    x0: Float[Array, "b *x"] | None = None  # the samples themselves, only for RWR
+
+
+class Objective(NamedTuple):
+    """The terms and their weights, all static: read from the config once."""
+
+    apply: Apply
+    guide: Callable[[Policy], Policy]
+    kernel: Kernel
+    score: Score
+    policy: Any  # config.policy
+    data: Any  # config.data_term
+    source: DataSource | None
+    uncond: Cond
+    latent_shape: tuple[int, ...]
+    prediction: str = "velocity"  # what the network predicts
+
+
+def policy_loss(
+    objective: Objective, params: Params, frozen: Params, reference: Params, item
+) -> tuple[Float[Array, ""], Metrics]:
+    """Policy term and KL of one microbatch at one trained step."""
+    transition, old, advantages, cond = item
+    weights = objective.policy
+    step = policy_step(objective, params, frozen, transition, cond)
+    log_prob = objective.score(step, transition.x_s)
+    # "exact": each sample is used once, so the old policy is this one by definition.
+    if weights.old_log_prob == "exact":
+        old = jax.lax.stop_gradient(log_prob)
+    loss, metrics = clipped_surrogate(log_prob, old, advantages, weights.clip_range)
+    if weights.term == "reinforce":
+        loss, _ = reinforce(log_prob, advantages)
+    total = weights.weight * loss
+    if weights.kl_weight:
+        base, base_frozen = reference
+        other = policy_step(objective, base, base_frozen, transition, cond)
+        kl = jnp.mean(step_kl(step.mean, jax.lax.stop_gradient(other.mean), step.std))
+        total = total + weights.kl_weight * kl
+        metrics = metrics | {"kl": kl}
+    return total, metrics | {"loss": loss}
+
+
+def fit_loss(
+    objective: Objective, params: Params, frozen: Params, item
+) -> tuple[Float[Array, ""], Metrics]:
+    """RWR (arXiv 2305.13301, Eq. 4): w_i times the denoising loss on the sample i.
+
+    The prediction is the guided one, as in the rollout: without guidance in training
+    the policy falls apart from the second round on (appendix E.1 there).
+    """
+    data_keys, x0, weights, cond = item
+    fold = lambda k: jax.random.split(jax.random.fold_in(k, FIT_STREAM))  # noqa: E731
+    draw = jax.vmap(fold)(data_keys)
+    time = draw_times("uniform", draw[:, 0], objective.prediction)
+    eps = initial_noise(draw[:, 1], objective.latent_shape)
+    policy = objective.guide(lambda z, t, c: objective.apply(params, frozen, z, t, c))
+    out = policy(noised(x0, eps, time, objective.prediction), time, cond)
+    weighting = "velocity" if objective.prediction == "velocity" else "eps"
+    each = prediction_loss(out, x0, eps, time, weighting, objective.prediction)
+    loss = jnp.mean(weights * each)
+    return objective.policy.weight * loss, {"loss": loss}
+
+
+def data_loss(
+    objective: Objective, params: Params, frozen: Params, item
+) -> tuple[Float[Array, ""], Metrics]:
+    """The data term of one microbatch: diffusion loss on captioned data."""
+    assert objective.source is not None, "a data term needs data"
+    keys, data_keys, records, cond, time = item
+    draw = jax.vmap(lambda k: jax.random.split(k, 4))(data_keys)
+    x0 = objective.source.latents(records, draw[:, 0])
+    if objective.data.levels == "rollout":
+        eps = initial_noise(keys, objective.latent_shape)
+    else:
+        eps = initial_noise(draw[:, 2], objective.latent_shape)
+        time = draw_times(objective.data.time, draw[:, 1], objective.prediction)
+    dropped = jax.vmap(jax.random.uniform)(draw[:, 3]) < objective.data.text_dropout
+    cond = _drop_text(cond, objective.uncond, dropped)
+    z = noised(x0, eps, time, objective.prediction)
+    out = objective.apply(params, frozen, z, time, cond)
+    weighting, source = objective.data.weighting, objective.prediction
+    loss = jnp.mean(prediction_loss(out, x0, eps, time, weighting, source))
+    return objective.data.weight * loss, {"loss": loss}
+
+
+def policy_step(objective: Objective, params, frozen, transition, cond):
+    """The stored transition's distribution under `params`.
+
+    The network is rematerialised: its forward pass then compiles to the rollout's own
+    program, where one that also keeps residuals fuses and rounds differently. That is
+    what makes the on-policy ratio exactly 1; it costs one more forward pass.
+    """
+    apply = jax.checkpoint(objective.apply)
+    policy = objective.guide(lambda z, time, c: apply(params, frozen, z, time, c))
+    return replay_step(policy, objective.kernel, transition, cond)
+
+
+def draw_times(kind: str, keys: Array, prediction: str) -> Float[Array, " b"]:
+    """The network's time of a diffusion loss, "uniform" or "logit_normal".
+
+    Flow networks get t in [0, 1], those of Stable Diffusion's schedule a whole
+    timestep of 0 to 999.
+    """
+    if kind == "uniform":
+        time = jax.vmap(jax.random.uniform)(keys)
+    else:
+        time = jax.nn.sigmoid(jax.vmap(jax.random.normal)(keys))
+    if prediction == "velocity":
+        return time
+    return jnp.minimum(jnp.floor(time * TRAIN_STEPS), TRAIN_STEPS - 1)
+
+
+def _drop_text(cond: Cond, uncond: Cond, dropped: Array) -> Cond:
+    def drop(c, u):
+        return jnp.where(dropped.reshape(-1, *(1,) * (c.ndim - 1)), u, c)
+
+    return jax.tree.map(drop, cond, uncond)
+
+
+def policy_items(chunks: tuple[Minibatch, ...]) -> tuple:
+    """(transition, old log-prob, advantages, cond) for each (step, microbatch)."""
+    batch = _stack(chunks)
+    steps = batch.old_log_prob.shape[1]
+    by_step = jax.tree.map(
+        lambda a: jnp.moveaxis(a, 1, 0).reshape(-1, *a.shape[2:]),
+        (batch.trajectory, batch.old_log_prob),
+    )
+    shared = jax.tree.map(
+        lambda a: jnp.concatenate([a] * steps), (batch.advantages, batch.cond)
+    )
+    return (*by_step, *shared)
+
+
+def fit_items(chunks: tuple[Minibatch, ...]) -> tuple:
+    """(data keys, samples, weights, cond) for each microbatch."""
+    batch = _stack(chunks)
+    return batch.data_keys, batch.x0, batch.advantages, batch.cond
+
+
+def data_items(objective: Objective, chunks: tuple[Minibatch, ...]) -> tuple:
+    """(keys, data keys, records, cond, time): once a sample, or at every trained step.
+
+    The loss is a mean over the items, so its weight does not depend on their number.
+    With the rollout's levels the steps of a sample share one picture and its initial
+    noise, as the released DDRL code does; with levels of its own each step draws anew.
+    """
+    batch = _stack(chunks)
+    parts = (batch.keys, batch.data_keys, batch.records, batch.data_cond)
+    time = jnp.zeros((1, *batch.data_keys.shape), jnp.float32)
+    if batch.trajectory is not None:
+        time = jnp.moveaxis(_network_times(objective.kernel, batch.trajectory), 1, 0)
+    steps = time.shape[0] if objective.data.every_step else 1
+    keys, data_keys, records, cond = jax.tree.map(
+        lambda a: jnp.concatenate([a] * steps), parts
+    )
+    if objective.data.levels == "own" and steps > 1:
+        step = jnp.arange(data_keys.size).reshape(data_keys.shape)
+        data_keys = jax.vmap(jax.vmap(jax.random.fold_in))(data_keys, step)
+    times = time[:steps].reshape(-1, time.shape[-1])
+    return keys, data_keys, records, cond, times
+
+
+def _stack(chunks: tuple[Minibatch, ...]) -> Any:
+    """Microbatches as the rollout made them -> one with leaves [m b ...]."""
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *chunks)
+
+
+def _network_times(kernel: Kernel, trajectory: Trajectory) -> Float[Array, "m t b"]:
+    """The rollout's noise levels as the network's time."""
+    t = trajectory.time[..., 0]
+    like = jnp.zeros((t.size, 1), jnp.float32)
+    return kernel.to_network(like, t.reshape(-1))[1].reshape(t.shape)
