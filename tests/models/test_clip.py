@@ -1,0 +1,371 @@
+"""CLIP against transformers: each tower, with and without projection, and the pair."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ddrl_jax.errors import UserError
+from ddrl_jax.models import clip
+from ddrl_jax.models.clip import (
+    Clip,
+    ClipConfig,
+    ClipText,
+    ClipTextConfig,
+    ClipVision,
+    ClipVisionConfig,
+)
+from ddrl_jax.models.convert import to_jax, to_torch_names
+from ddrl_jax.models.networks import network_shapes
+
+TEXT = {
+    "vocab_size": 23,
+    "hidden_size": 12,
+    "intermediate_size": 20,
+    "projection_dim": 6,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 3,
+    "max_position_embeddings": 9,
+    "bos_token_id": 20,
+    "pad_token_id": 21,
+    "eos_token_id": 21,
+}
+VISION = {
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "projection_dim": 6,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "image_size": 12,
+    "patch_size": 4,
+}
+# Token 22 is larger than the end token: the two rules read different positions.
+IDS = np.asarray(
+    [[20, 3, 22, 7, 21, 21, 21, 21, 21], [20, 21, 5, 22, 6, 21, 3, 2, 1]], np.int32
+)
+MASK = np.asarray([[1] * 5 + [0] * 4, [1] * 6 + [0] * 3], bool)
+PIXELS = np.random.default_rng(2).normal(size=(2, 12, 12, 3)).astype(np.float32)
+# Stable Diffusion 1 and 2, and what CLIPScore, PickScore and HPSv2 are made of.
+VIT_L_TEXT = ClipTextConfig(
+    hidden_size=768, intermediate_size=3072, num_attention_heads=12
+)
+VIT_H_TEXT = ClipTextConfig(
+    hidden_size=1024,
+    intermediate_size=4096,
+    num_hidden_layers=23,
+    num_attention_heads=16,
+    hidden_act="gelu",
+)
+
+
+def theirs(kind, **changes):
+    """A network of the reference with random numbers, none of them 0, everywhere."""
+    torch = pytest.importorskip("torch")
+    import transformers as reference
+
+    text = reference.CLIPTextConfig(**TEXT | changes)
+    vision = reference.CLIPVisionConfig(
+        **VISION | {k: v for k, v in changes.items() if k in ("hidden_act",)}
+    )
+    if kind == "CLIPModel":
+        both = {"text_config": text.to_dict(), "vision_config": vision.to_dict()}
+        config = reference.CLIPConfig(**both, projection_dim=5)
+    else:
+        config = text if "Text" in kind else vision
+    network = getattr(reference, kind)(config).eval()
+    network.config.architectures = [kind]  # as save_pretrained writes it
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for name, p in network.named_parameters():
+            # Wide enough for attention to be far from uniform.
+            size = 0.1 if name == "logit_scale" else 0.4
+            p.add_(torch.randn(p.shape, generator=generator) * size)
+    return network
+
+
+def arrays(network, prefix=""):
+    """Their tensors, under the names of a file of transformers 4 if prefixed."""
+    return {prefix + k: v.numpy() for k, v in network.state_dict().items()}
+
+
+def run(network, params, *inputs, method="__call__"):
+    go = jax.jit(lambda p, *x: network.apply({"params": p}, *x, method=method))
+    return go(params, *(jnp.asarray(x) for x in inputs))
+
+
+def wanted_of(network, **inputs):
+    import torch
+
+    with torch.no_grad():
+        return network(**{k: torch.from_numpy(v) for k, v in inputs.items()})
+
+
+def nchw(pixels):
+    return np.ascontiguousarray(pixels.transpose(0, 3, 1, 2))
+
+
+def assert_close(found, wanted, relative=1e-5):
+    """Largest error over the largest output."""
+    found, wanted = np.asarray(found), np.asarray(wanted)
+    assert found.shape == wanted.shape and found.dtype == np.float32
+    error = np.abs(found - wanted).max() / np.abs(wanted).max()
+    assert error < relative, error
+
+
+# ---- text
+
+
+@pytest.mark.parametrize("hidden_act", ["quick_gelu", "gelu"])
+@pytest.mark.parametrize("eos_token_id", [2, 21])
+def test_text_tower(hidden_act, eos_token_id):
+    network = theirs("CLIPTextModel", hidden_act=hidden_act, eos_token_id=eos_token_id)
+    config = ClipTextConfig.from_json(network.config.to_dict())
+    params = to_jax("clip_text", arrays(network), config)
+    found = run(ClipText(config), params, IDS)
+    wanted = wanted_of(network, input_ids=IDS.astype(np.int64))
+    assert_close(found.hidden, wanted.last_hidden_state)
+    assert_close(found.pooled, wanted.pooler_output)
+    end = [2, 3] if eos_token_id == 2 else [4, 1]  # largest id, or first end token
+    np.testing.assert_array_equal(
+        found.pooled, np.asarray(found.hidden)[np.arange(2), end]
+    )
+
+
+@pytest.fixture(scope="module")
+def text():
+    network = theirs("CLIPTextModelWithProjection")
+    config = ClipTextConfig.from_json(network.config.to_dict())
+    return network, config, to_jax("clip_text", arrays(network), config)
+
+
+def test_text_with_projection_and_padding(text):
+    network, config, params = text
+    ids = IDS.astype(np.int64)
+    found = run(ClipText(config), params, IDS, method="features")
+    assert_close(found, wanted_of(network, input_ids=ids).text_embeds)
+    padded = {"input_ids": ids, "attention_mask": MASK.astype(np.int64)}
+    wanted = wanted_of(network, **padded)
+    hidden = run(ClipText(config), params, IDS, MASK).hidden
+    assert_close(hidden, wanted.last_hidden_state)
+    unmasked = run(ClipText(config), params, IDS).hidden
+    assert np.abs(hidden - unmasked)[~MASK].max() > 1e-2  # only the padding's own
+    np.testing.assert_allclose(hidden[MASK], unmasked[MASK], atol=1e-5)
+
+
+def test_a_token_does_not_see_the_next(text):
+    _, config, params = text
+    other = IDS.copy()
+    other[:, 5] = 4
+    found = run(ClipText(config), params, IDS).hidden
+    changed = np.abs(found - run(ClipText(config), params, other).hidden).max((0, 2))
+    assert (changed[:5] == 0).all() and (changed[5:] > 1e-3).all(), changed
+
+
+def test_short_prompts_are_a_prefix_and_long_ones_an_error(text):
+    _, config, params = text
+    network = ClipText(config)
+    found = run(network, params, IDS[:, :4]).hidden
+    assert_close(found, run(network, params, IDS).hidden[:, :4])
+    with pytest.raises(ValueError, match="10 tokens, 9 positions"):
+        run(network, params, np.zeros((1, 10), np.int32))
+
+
+def test_files_of_transformers_4_have_a_prefix_and_a_buffer():
+    network = theirs("CLIPTextModel")
+    config = ClipTextConfig.from_json(network.config.to_dict())
+    old = arrays(network, "text_model.")
+    old["text_model.embeddings.position_ids"] = np.arange(9)[None]
+    new = to_jax("clip_text", arrays(network), config)
+    jax.tree.map(np.testing.assert_array_equal, to_jax("clip_text", old, config), new)
+
+
+# ---- vision and both
+
+
+@pytest.mark.parametrize("hidden_act", ["quick_gelu", "gelu"])
+def test_vision_tower(hidden_act):
+    network = theirs("CLIPVisionModelWithProjection", hidden_act=hidden_act)
+    config = ClipVisionConfig.from_json(network.config.to_dict())
+    params = to_jax("clip_vision", arrays(network), config)
+    found = run(ClipVision(config), params, PIXELS)
+    wanted = wanted_of(network, pixel_values=nchw(PIXELS))
+    assert_close(found.hidden, wanted.last_hidden_state)
+    normed = wanted_of(network.vision_model, pixel_values=nchw(PIXELS)).pooler_output
+    assert_close(found.pooled, normed)
+    features = run(ClipVision(config), params, PIXELS, method="features")
+    assert_close(features, wanted.image_embeds)
+
+
+def test_vision_tower_without_projection():
+    network = theirs("CLIPVisionModel")
+    config = ClipVisionConfig.from_json(network.config.to_dict())
+    params = to_jax("clip_vision", arrays(network, "vision_model."), config)
+    wanted = wanted_of(network, pixel_values=nchw(PIXELS))
+    assert_close(
+        run(ClipVision(config), params, PIXELS).hidden, wanted.last_hidden_state
+    )
+    with pytest.raises(ValueError, match="16, 12, 3.*12, 12, 3"):
+        run(ClipVision(config), params, np.zeros((1, 16, 12, 3), np.float32))
+
+
+@pytest.fixture(scope="module")
+def pair():
+    network = theirs("CLIPModel")
+    config = ClipConfig.from_json(network.config.to_dict())
+    params = to_jax("clip", arrays(network), network.config.to_dict())
+    ours = Clip(config.text, config.vision, config.projection_dim)
+    return network, ours, params
+
+
+def test_the_whole_model(pair):
+    network, ours, params = pair
+    wanted = wanted_of(
+        network, input_ids=IDS.astype(np.int64), pixel_values=nchw(PIXELS)
+    )
+    pictures = run(ours, params, PIXELS, method="image_features")
+    prompts = run(ours, params, IDS, method="text_features")
+    assert_close(pictures, wanted.vision_model_output.pooler_output)
+    assert_close(prompts, wanted.text_model_output.pooler_output)
+    assert_close(run(ours, params, PIXELS, IDS), wanted.logits_per_image)
+    assert float(params["logit_scale"]) == network.logit_scale.item()
+
+
+def test_the_trees_go_back_to_the_same_file(pair, text):
+    json = pair[0].config.to_dict()
+    cases = [("clip", pair[0], pair[2], json), ("clip_text", *text[::2], text[1])]
+    for name, network, params, config in cases:
+        back, tensors = to_torch_names(name, params, config), arrays(network)
+        prefix = "text_model." if name == "clip_text" else ""
+        tensors = {k.removeprefix(prefix): v for k, v in tensors.items()}
+        assert {k.removeprefix(prefix) for k in back} == tensors.keys()
+        for key, tensor in back.items():
+            wanted = tensors[key.removeprefix(prefix)]
+            np.testing.assert_array_equal(tensor, wanted, strict=True)
+
+
+def test_bfloat16_returns_float32(pair):
+    _, ours, params = pair
+    half = Clip(
+        ours.text_config, ours.vision_config, ours.projection_dim, dtype="bfloat16"
+    )
+    inputs = {"image_features": PIXELS, "text_features": IDS}
+    for method, value in inputs.items():
+        found = run(half, params, value, method=method)
+        wanted = run(ours, params, value, method=method)
+        assert found.dtype == jnp.float32
+        assert 1e-4 < float(abs(found - wanted).max() / abs(wanted).max()) < 0.1
+    half = ClipText(ours.text_config, dtype="bfloat16")
+    out = run(half, params["text_model"], IDS)
+    assert out.hidden.dtype == out.pooled.dtype == jnp.float32
+
+
+def test_quick_gelu_by_hand():
+    x = np.linspace(-4, 4, 9)
+    wanted = x / (1 + np.exp(-1.702 * x))
+    np.testing.assert_allclose(
+        clip.quick_gelu(jnp.asarray(x, jnp.float32)), wanted, atol=1e-6
+    )
+
+
+# ---- sizes
+
+
+def parameters(name, config):
+    leaves = jax.tree.leaves(network_shapes(name, config))
+    return sum(int(np.prod(leaf.shape)) for leaf in leaves)
+
+
+def test_the_parameters_of_the_towers_of_stable_diffusion():
+    assert parameters("clip_text", VIT_L_TEXT) == 123_060_480
+    assert parameters("clip_text", VIT_H_TEXT) == 340_387_840
+
+
+def test_the_parameters_of_the_judges():
+    large = {
+        "projection_dim": 768,
+        "text_config": {
+            "hidden_size": 768,
+            "intermediate_size": 3072,
+            "num_attention_heads": 12,
+        },
+        "vision_config": {
+            "hidden_size": 1024,
+            "intermediate_size": 4096,
+            "num_attention_heads": 16,
+            "num_hidden_layers": 24,
+            "patch_size": 14,
+        },
+    }
+    assert parameters("clip", large) == 427_616_513
+    huge = {
+        "projection_dim": 1024,
+        "text_config": {
+            "hidden_size": 1024,
+            "intermediate_size": 4096,
+            "num_attention_heads": 16,
+            "num_hidden_layers": 24,
+            "hidden_act": "gelu",
+        },
+        "vision_config": {
+            "hidden_size": 1280,
+            "intermediate_size": 5120,
+            "num_attention_heads": 16,
+            "num_hidden_layers": 32,
+            "patch_size": 14,
+            "hidden_act": "gelu",
+        },
+    }
+    assert parameters("clip", huge) == 986_109_441
+
+
+# ---- config.json
+
+
+def test_early_files_say_it_twice_and_the_second_wins():
+    early = {
+        "model_type": "clip",
+        "projection_dim": 4,
+        "logit_scale_init_value": 2.6592,
+        "text_config": {"hidden_size": 64, "bad_words_ids": None, "pruned_heads": {}},
+        "text_config_dict": {"hidden_size": 16, "num_attention_heads": 2},
+        "vision_config": {"hidden_size": 24, "num_attention_heads": 3},
+        "vision_config_dict": None,
+    }
+    config = ClipConfig.from_json(early)
+    assert config.text == ClipTextConfig(hidden_size=16, num_attention_heads=2)
+    assert config.vision == ClipVisionConfig(hidden_size=24, num_attention_heads=3)
+    assert config.projection_dim == 4
+    assert ClipConfig.from_json({"model_type": "clip"}) == ClipConfig(
+        ClipTextConfig(), ClipVisionConfig()
+    )
+
+
+REFUSED = {
+    "hidden_act": "relu",
+    "num_attention_heads": 5,
+    "num_hidden_layers": 0,
+    "layer_norm_eps": "small",
+    "model_type": "siglip",
+    "pruned_heads": {"0": [1]},
+    "is_decoder": True,
+    "rope_theta": 10000.0,
+}
+
+
+@pytest.mark.parametrize("key", REFUSED)
+@pytest.mark.parametrize("config", [ClipTextConfig, ClipVisionConfig])
+def test_refused(config, key):
+    with pytest.raises(UserError, match=key) as error:
+        config.from_json({"hidden_size": 12, key: REFUSED[key]})
+    assert "CLIP" in str(error.value) and "way out" in str(error.value)
+
+
+def test_refused_of_one_tower_or_the_pair():
+    with pytest.raises(UserError, match="eos_token_id"):
+        ClipTextConfig.from_json({"eos_token_id": [1, 2]})
+    with pytest.raises(UserError, match="patch_size"):
+        ClipVisionConfig.from_json({"image_size": 8, "patch_size": 16})
+    with pytest.raises(UserError, match="text tower.*\n.*hidden_act"):
+        ClipConfig.from_json({"text_config": {"hidden_act": "silu"}})
+    with pytest.raises(UserError, match="model_type"):
+        ClipConfig.from_json({"model_type": "siglip"})
