@@ -14,9 +14,11 @@ from jaxtyping import Array, Bool, Float, Int
 
 from ddrl_jax.models.clip_config import (
     LEGACY_END,
-    ClipConfig as ClipConfig,
     ClipTextConfig,
     ClipVisionConfig,
+)
+from ddrl_jax.models.clip_config import (
+    ClipConfig as ClipConfig,
 )
 from ddrl_jax.models.layers import Dense, weight
 
