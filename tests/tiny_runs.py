@@ -58,7 +58,7 @@ def tiny_program(
       source: what stands in for the data set; None is no data.
     """
     config = configured(TINY | (edits or {}))
-    real, program_module.make_source = program_module.make_source, lambda _: source
+    real, program_module.make_source = program_module.make_source, lambda *_: source
     try:
         return build(config)
     finally:

@@ -1,0 +1,177 @@
+"""Reward-weighted regression: rounds of collecting and fitting in the one program."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from edited_config import configured, refused
+from linear_runs import EMB, PARAMS, PICTURES, batch, objective, params, updated
+from tiny_runs import TINY, flat_source, tiny_program
+
+from ddrl_jax.draws import draw_chunks, draw_records
+from ddrl_jax.interfaces import Prompts
+from ddrl_jax.learner import make_advantages
+from ddrl_jax.objectives.advantages import PerPromptTracker
+from ddrl_jax.rollout import initial_noise
+from ddrl_jax.terms import FIT_STREAM, fit_loss
+from ddrl_jax.train import train
+
+RWR = {"policy.term": "rwr", "advantages.kind": "batch"}
+REWARDS = np.asarray([1.0, 2.0, 3.0, 9.0, 0.5, 0.25, 4.0, 8.0], np.float32)
+WEIGHTS = np.asarray([0.5, 0.0, 2.0, 1.5, 1.0, 0.25, 2.75, 0.0], np.float32)
+
+
+def weights(valid=None, **edits):
+    edits = {k.replace("__", "."): v for k, v in edits.items()}
+    config = configured(
+        RWR | {"prompts.per_epoch": 2, "rewards.weights": {"r": 1.0}} | edits
+    )
+    valid = np.ones(8, bool) if valid is None else valid
+    group = np.repeat([0, 1], 4).astype(np.int32)
+    found, _ = jax.jit(make_advantages(config))(
+        {"r": REWARDS}, valid, group, group, PerPromptTracker.init(2, 4)
+    )
+    return np.asarray(found)
+
+
+def softmax(x):
+    e = np.exp(x - x.max())
+    return len(x) * e / e.sum()
+
+
+def test_weights_of_the_round_and_of_each_prompt():
+    want = softmax(0.2 * REWARDS.astype(np.float64))
+    np.testing.assert_allclose(weights(), want, rtol=1e-5)
+    each = np.concatenate([softmax(0.2 * REWARDS[:4]), softmax(0.2 * REWARDS[4:])])
+    np.testing.assert_allclose(weights(advantages__kind="group"), each, rtol=1e-5)
+
+
+def test_the_sparse_form_keeps_the_best_with_equal_weight():
+    found = weights(policy__term="sparse_rwr", policy__rwr_percentile=0.75)
+    np.testing.assert_allclose(found, [0, 0, 0, 4, 0, 0, 0, 4])
+
+
+def test_a_sample_without_a_reward_weighs_nothing():
+    valid = np.arange(8) != 3
+    found = weights(valid)
+    assert found[3] == 0
+    np.testing.assert_allclose(
+        found[valid], softmax(0.2 * REWARDS[valid]) * 8 / 7, rtol=1e-5
+    )
+
+
+def test_the_loss_is_the_weighted_denoising_loss_on_the_samples():
+    chunk = batch()._replace(
+        x0=jnp.asarray(PICTURES), advantages=jnp.asarray(WEIGHTS), trajectory=None
+    )
+    loss = objective({"policy.term": "rwr", "policy.weight": 2.0})
+    item = (chunk.data_keys, chunk.x0, chunk.advantages, chunk.cond)
+    total, metrics = fit_loss(loss, params(), {}, item)
+    split = lambda k: jax.random.split(jax.random.fold_in(k, FIT_STREAM))  # noqa: E731
+    draw = jax.vmap(split)(chunk.data_keys)
+    t = np.asarray(jax.vmap(jax.random.uniform)(draw[:, 0]), np.float64)[:, None, None]
+    eps = np.asarray(initial_noise(draw[:, 1], PICTURES.shape[1:]), np.float64)
+    z = (1 - t) * PICTURES + t * eps
+    velocity = PARAMS["w"] * z + t * EMB[:, :, None] * PARAMS["b"]
+    each = np.mean((velocity - (eps - PICTURES)) ** 2, axis=(1, 2))
+    np.testing.assert_allclose(metrics["loss"], np.mean(WEIGHTS * each), rtol=1e-5)
+    np.testing.assert_allclose(total, 2 * metrics["loss"], rtol=1e-6)
+
+
+def test_only_weighted_samples_move_the_weights():
+    start = batch()._replace(x0=jnp.asarray(PICTURES), trajectory=None)
+    loss = objective({"policy.term": "rwr"})
+
+    def moved(advantages, x0):
+        chunk = start._replace(advantages=jnp.asarray(advantages), x0=jnp.asarray(x0))
+        return updated(loss, (chunk,))[0].params["w"]
+
+    other = PICTURES.copy()
+    other[1] += 5.0  # a sample of weight 0
+    assert moved(WEIGHTS, PICTURES) == moved(WEIGHTS, other)
+    other[0] += 5.0
+    assert moved(WEIGHTS, PICTURES) != moved(WEIGHTS, other)
+
+
+@pytest.mark.parametrize("term", ["rwr", "sparse_rwr"])
+def test_rounds_run_from_the_first_sample_to_the_checkpoint(tmp_path, term):
+    edits = {
+        "policy.term": term,
+        "advantages.kind": "batch",
+        "train.inner_epochs": 2,
+        "train.epochs": 2,
+        "optimizer.fresh": True,
+        "evaluate.solver": "ddim",
+        "model.image_size": 32,
+        "evaluate.data_samples": 0,
+        "sampler.guidance_scale": 2.0,
+    }
+    train(configured(TINY | edits), str(tmp_path / "run"))
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in lines]
+    assert [r["step"] for r in rows] == [0, 1, 2]
+    assert all(np.isfinite(r["policy/loss"]) for r in rows[1:])
+    assert "policy/ratio_max_deviation" not in rows[1]
+    assert (tmp_path / "run" / "report.html").is_file()
+
+
+def test_fresh_moments_and_schedule():
+    program = tiny_program()
+    state = program.new_state()
+    moved = state._replace(
+        opt_state=jax.tree.map(lambda a: a + 1, state.opt_state),
+        params=jax.tree.map(lambda a: a + 1, state.params),
+    )
+    kept = jax.device_get(moved.params)
+    found = program.refresh(moved)
+    start = jax.device_get(program.new_state().opt_state)
+    jax.tree.map(np.testing.assert_array_equal, found.opt_state, start)
+    jax.tree.map(np.testing.assert_array_equal, found.params, kept)
+
+
+@pytest.mark.parametrize(
+    "edits, word",
+    [
+        ({"policy.kl_weight": 0.1}, "transition"),
+        ({"policy.train_on": (1,)}, "transition"),
+        ({"advantages.kind": "tracker"}, "tracker"),
+        ({"data_term.weight": 1.0, "data_term.levels": "rollout"}, "noise levels"),
+    ],
+)
+def test_what_rwr_can_not_be_combined_with(edits, word):
+    assert word in str(refused(RWR | edits))
+
+
+def test_data_under_its_own_captions_with_records_held_out():
+    edits = {
+        "data.source": "emoji",
+        "data_term.weight": 0.5,
+        "data_term.captions": "own",
+        "data.heldout": 3,
+    }
+    captions = ("cat", "dog", "dog", "red apple", "cat", "dog", "cat")
+    program = tiny_program(edits, flat_source(captions=captions))
+    index = np.zeros(64, np.int32)
+    records, rows = draw_records(program, index, 5)
+    assert set(records) == {0, 1, 2, 3}
+    assert [captions[r] for r in records] == [
+        ("cat", "dog", "red apple")[i] for i in rows
+    ]
+    again, _ = draw_records(program, index, 5)
+    other, _ = draw_records(program, index, 6)
+    np.testing.assert_array_equal(records, again)
+    assert (records != other).any()
+    assert set(draw_records(program, index, 5, heldout=True)[0]) == {4, 5, 6}
+
+
+def test_records_that_are_fetched_reach_the_loss_as_they_are():
+    pages = np.arange(7, dtype=np.float32)
+    source = flat_source()._replace(fetch=lambda records: {"page": pages[records]})
+    edits = {"data.source": "emoji", "data_term.weight": 0.5}
+    program = tiny_program(edits, source)
+    prompts = Prompts(("dog",) * 8, np.ones(8, np.int32), np.zeros(8, np.int32))
+    chunks = draw_chunks(program, prompts, 0, 0)
+    for chunk in chunks:
+        np.testing.assert_array_equal(chunk.records["page"], np.ones(4))
