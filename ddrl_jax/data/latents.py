@@ -139,7 +139,7 @@ class LatentSource:
         return Cond(emb, None if pooled is None else jnp.asarray(_wide(pooled)))
 
     def latents(
-        self, fetched: Mapping[str, Array], keys: Key[Array, " b"]
+        self, fetched: Mapping[str, Float[Array, "b h w c"]], keys: Key[Array, " b"]
     ) -> Float[Array, "b h w c"]:
         """`draw_latents`, as a data source offers it."""
         return draw_latents(fetched, keys)
@@ -160,7 +160,7 @@ class LatentSource:
 
 
 def draw_latents(
-    fetched: Mapping[str, Array], keys: Key[Array, " b"]
+    fetched: Mapping[str, Float[Array, "b h w c"]], keys: Key[Array, " b"]
 ) -> Float[Array, "b h w c"]:
     """Draws from the cached posterior: z = mean + exp(logvar / 2) eps.
 
