@@ -8,7 +8,7 @@ pictures. ddpo has the clipped importance-weighted objective and no anchor, kl_*
 the exact KL of a step to the starting policy, ddrl_* the diffusion loss on captioned
 emoji, control takes that loss alone for as many updates and asks for no reward. Kernel,
 trained steps, prompts, noise, optimizer and evaluation are the same for all, and with
-the same seed the control sees the emoji of ddrl_low and ddrl_high in the same order.
+the same seed the control sees the emoji of the ddrl arms in the same order.
 
 Numbers and hours are in benchmarks/results/reward_hacking.md once it has been run.
 "ARM-smoke" is an arm in seconds. Without a variant the arm is ddrl_low.
@@ -25,6 +25,7 @@ ARMS = {
     "kl_low": (1.0, 0.01, 0.0),
     "kl_high": (1.0, 0.1, 0.0),
     "ddrl_low": (1.0, 0.0, 0.01),
+    "ddrl_mid": (1.0, 0.0, 0.015),
     "ddrl_high": (1.0, 0.0, 0.02),
     # AdamW divides by the size of the gradient, so the weight of an only term is free
     "control": (0.0, 0.0, 0.01),
