@@ -16,6 +16,7 @@ import numpy as np
 from ddrl_jax.errors import UserError
 
 FOLDER = Path(__file__).parent.parent / "assets" / "prompts"
+CHUNK = 256  # records of a data set read at once
 DOGS = slice(151, 269)  # the breeds among the ILSVRC2012 labels, Chihuahua first
 NUMBERS = ("two", "three", "four", "five", "six", "seven", "eight")
 SAME_PLURAL = ("sheep", "deer", "fish")
@@ -180,7 +181,7 @@ def tfds_prompts(name_or_dir: str, feature: str, split: str) -> tuple[str, ...]:
         heavy = [k for k, f in features.items() if isinstance(f, kinds)]
         skip = {key: tfds.decode.SkipDecoding() for key in heavy}
         records = builder.as_data_source(split, decoders=skip)
-        rows = records.__getitems__(list(range(len(records))))
+        values = _values(records, feature.split("/"))
     except Exception as e:
         raise UserError(
             f"no prompts can be read from the TFDS data set {name_or_dir!r}",
@@ -190,8 +191,17 @@ def tfds_prompts(name_or_dir: str, feature: str, split: str) -> tuple[str, ...]:
             way_out="prepare it once with download_and_prepare(file_format="
             "'array_record'), and correct --config.prompts.path or .split",
         ) from e
-    texts = _texts(rows, feature, f"{name_or_dir} ({', '.join(sorted(features))})")
-    return tuple(dict.fromkeys(t.strip() for t in texts if t.strip()))
+    where = f"{name_or_dir} ({', '.join(sorted(features))})"
+    texts = [text.strip() for value in values for text in _texts(value, feature, where)]
+    found = tuple(dict.fromkeys(filter(None, texts)))
+    if not found:
+        raise UserError(
+            f"the feature {feature!r} holds no prompt",
+            got=f"{len(values)} records of {where}, none with text",
+            wanted="at least one text that is not blank",
+            way_out="correct --config.prompts.feature or .split",
+        )
+    return found
 
 
 def _lines(name: str) -> tuple[str, ...]:
@@ -222,26 +232,37 @@ def _bad_question_file(path: str, got: str) -> UserError:
     )
 
 
-def _texts(rows: Sequence[Any], feature: str, where: str) -> list[str]:
-    found: list[str] = []
-    for row in rows:
-        value = row
-        for key in feature.split("/"):
-            value = value.get(key) if isinstance(value, Mapping) else None
-        texts = np.ravel(np.asarray(value, object)).tolist()
-        if not all(isinstance(t, bytes | str) for t in texts):
-            raise UserError(
-                f"the feature {feature!r} holds no text",
-                got=f"{type(value).__name__} in {where}",
-                wanted="the name of a text feature, 'caption' or 'captions/text'",
-                way_out="correct --config.prompts.feature",
-            )
-        found += [t.decode() if isinstance(t, bytes) else t for t in texts]
-    if not any(t.strip() for t in found):
+def _values(records: Any, path: Sequence[str]) -> list[Any]:
+    """What each record has at a path of keys, None where it ends early.
+
+    Read in chunks, of which only the values are kept: pictures fill the memory.
+    """
+    values = []
+    for start in range(0, len(records), CHUNK):
+        rows = range(start, min(start + CHUNK, len(records)))
+        for value in records.__getitems__(list(rows)):
+            for key in path:
+                value = value.get(key) if isinstance(value, Mapping) else None
+            values.append(value)
+    return values
+
+
+def _texts(value: Any, feature: str, where: str) -> list[str]:
+    """The texts of one record: a value of a Text feature, or a sequence of them."""
+    parts = np.ravel(np.asarray(value, object)).tolist()
+    texts = [_decoded(part) for part in parts]
+    if None in texts:
         raise UserError(
-            f"the feature {feature!r} holds no prompt",
-            got=f"{len(rows)} records of {where}, none with text",
-            wanted="at least one text that is not blank",
-            way_out="correct --config.prompts.feature or .split",
+            f"the feature {feature!r} holds no text",
+            got=f"{type(value).__name__} in {where}",
+            wanted="the name of a text feature, 'caption' or 'captions/text'",
+            way_out="correct --config.prompts.feature",
         )
-    return found
+    return [text for text in texts if text is not None]
+
+
+def _decoded(part: Any) -> str | None:
+    try:
+        return part.decode() if isinstance(part, bytes) else None
+    except UnicodeDecodeError:  # a picture, for instance
+        return None
