@@ -162,7 +162,7 @@ def invert_table(rows: Table, name: str, params: Params) -> dict[str, np.ndarray
     tensors: dict[str, np.ndarray] = {}
     unknown = []
     for path, leaf in traverse_util.flatten_dict(params).items():
-        names = _torch_names(rows, path, leaf)
+        names = torch_names(rows, path, leaf)
         if any(rows.kind(torch_name) is None for torch_name, _ in names):
             unknown.append("/".join(path))
             continue
@@ -204,10 +204,14 @@ def _flax_path(
     return (*path, LEAF.get(kind, parts[-1])), index
 
 
-def _torch_names(
-    rows: Table, path: tuple[str, ...], leaf: Any
-) -> list[tuple[str, Any]]:
-    """The torch names of one leaf, one a block where it is stacked."""
+def torch_names(rows: Table, path: tuple[str, ...], leaf: Any) -> list[tuple[str, Any]]:
+    """(torch name, its part of the leaf), one a block where blocks are stacked.
+
+    Args:
+      rows: the table of the network.
+      path: of the leaf in our tree.
+      leaf: the array, in our layout.
+    """
     modules: list[str] = []
     stack = None
     for word in path[:-1]:

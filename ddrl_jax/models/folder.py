@@ -3,10 +3,11 @@
 Weights are read from safetensors only: nothing here can run code from a checkpoint.
 """
 
+import hashlib
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,9 @@ REPO_ID = re.compile(r"[A-Za-z0-9_][\w.-]*(/[A-Za-z0-9_][\w.-]*)?")
 STEMS = ("diffusion_pytorch_model", "model")  # of diffusers and of transformers
 FOREIGN = ("*.bin", "*.ckpt", "*.pt", "*.pth", "*.msgpack", "*.h5")  # other formats
 UNUSED = ("safety_checker/*", "feature_extractor/*")  # parts nobody asks for
+
+WHOLE_BYTES = 500_000_000  # of a file whose every byte enters the fingerprint
+SAMPLES, SAMPLE_BYTES = 256, 1 << 16  # of a larger one; the first holds the header
 
 
 def resolve(path_or_repo_id: str, revision: str = "main", variant: str = "") -> Path:
@@ -144,10 +148,9 @@ def weight_files(folder: Path, variant: str | None = None) -> list[Path]:
             wanted="the component with its config.json and weights",
             way_out="download the whole model again",
         )
+    if index := index_of(folder, variant):
+        return _shards(index)
     for stem in STEMS:
-        index = folder / _index_name(stem, variant)
-        if index.is_file():
-            return _shards(index)
         single = folder / f"{stem}{_end(variant)}.safetensors"
         if single.is_file():
             return [single]
@@ -158,8 +161,13 @@ def _end(variant: str | None) -> str:
     return f".{variant}" if variant else ""
 
 
-def _index_name(stem: str, variant: str | None) -> str:
-    return f"{stem}.safetensors.index{_end(variant)}.json"
+def index_of(folder: Path, variant: str | None = None) -> Path | None:
+    """The file that says which shard holds which tensor; None if there are no shards.
+
+    Arguments as `weight_files`.
+    """
+    names = [f"{stem}.safetensors.index{_end(variant)}.json" for stem in STEMS]
+    return next((folder / n for n in names if (folder / n).is_file()), None)
 
 
 def _shards(index: Path) -> list[Path]:
@@ -217,12 +225,35 @@ def read_tensors(folder: Path, variant: str | None = None) -> dict[str, np.ndarr
     tensors: dict[str, np.ndarray] = {}
     for file in weight_files(folder, variant):
         tensors.update(_read_file(file))
-    index = [Path(folder) / _index_name(stem, variant) for stem in STEMS]
-    for path in filter(Path.is_file, index):
-        lost = sorted(read_json(path)["weight_map"].keys() - tensors.keys())
+    if index := index_of(Path(folder), variant):
+        lost = sorted(read_json(index)["weight_map"].keys() - tensors.keys())
         if lost:
-            raise _damaged(path, f"no shard holds {', '.join(lost[:10])}")
+            raise _damaged(index, f"no shard holds {', '.join(lost[:10])}")
     return tensors
+
+
+def fingerprint(folders: Sequence[Path], variant: str | None = None) -> str:
+    """A name of the weights of some components: 16 hexadecimal digits.
+
+    Of files above WHOLE_BYTES only size, header and SAMPLES places are read, so that a
+    start does not wait for gigabytes; two fine-tunings of one model still differ there.
+
+    Raises:
+      UserError: as `weight_files`.
+    """
+    digest = hashlib.sha256()
+    for file in [f for folder in folders for f in weight_files(folder, variant)]:
+        size = file.stat().st_size
+        digest.update(f"{file.parent.name}/{size};".encode())
+        with file.open("rb") as content:
+            if size <= WHOLE_BYTES:
+                hashed = hashlib.file_digest(content, "sha256")
+                digest.update(hashed.digest())
+                continue
+            for place in range(SAMPLES):
+                content.seek(place * (size - SAMPLE_BYTES) // (SAMPLES - 1))
+                digest.update(content.read(SAMPLE_BYTES))
+    return digest.hexdigest()[:16]
 
 
 def _read_file(file: Path) -> Iterator[tuple[str, np.ndarray]]:

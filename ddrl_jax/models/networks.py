@@ -68,8 +68,7 @@ def _unet_init(module: Any, config: Any) -> Callable[[Array], Params]:
 def _vae_init(module: Any, config: Any) -> Callable[[Array], Params]:
     network = module.AutoencoderKL(_read(module.VaeConfig, config))
     pixels = jnp.zeros((1, EXAMPLE_SIZE, EXAMPLE_SIZE, 3))
-    both = lambda m: m.decode(m.encode(pixels)[0])  # noqa: E731
-    return lambda key: nn.init(both, network)(key)
+    return lambda key: network.init(key, pixels)
 
 
 def _text_init(module: Any, config: Any) -> Callable[[Array], Params]:
@@ -84,13 +83,11 @@ def _vision_init(module: Any, config: Any) -> Callable[[Array], Params]:
 
 
 def _clip_init(module: Any, config: Any) -> Callable[[Array], Params]:
-    text = _read(module.ClipTextConfig, config["text_config"])
-    vision = _read(module.ClipVisionConfig, config["vision_config"])
-    network = module.Clip(text, vision, config["projection_dim"])
-    pixels = jnp.zeros((1, vision.image_size, vision.image_size, 3))
-    ids = jnp.zeros((1, 2), jnp.int32)
-    both = lambda m: (m.image_features(pixels), m.text_features(ids))  # noqa: E731
-    return lambda key: nn.init(both, network)(key)
+    config = _read(module.ClipConfig, config)
+    network = module.Clip(config.text, config.vision, config.projection_dim)
+    size = config.vision.image_size
+    pixels, ids = jnp.zeros((1, size, size, 3)), jnp.zeros((1, 2), jnp.int32)
+    return lambda key: network.init(key, pixels, ids)
 
 
 _INIT = {

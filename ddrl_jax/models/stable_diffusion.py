@@ -1,0 +1,170 @@
+"""Stable Diffusion 1.x and 2.x as a Pipeline: text encoder, UNet and autoencoder."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array
+
+from ddrl_jax.errors import UserError
+from ddrl_jax.interfaces import Params, Pipeline
+from ddrl_jax.models.convert import to_jax
+from ddrl_jax.models.folder import fingerprint, read_tensors, resolve
+from ddrl_jax.models.latent_codec import make_decode, make_encode_images
+from ddrl_jax.models.prompt_encoder import make_encode
+from ddrl_jax.models.sd_folder import Source, read_source
+from ddrl_jax.models.unet import UNet2DConditionModel
+
+COMPONENTS = {"unet": "unet", "vae": "vae", "clip_text": "text_encoder"}
+
+
+def stable_diffusion_pipeline(config: Any) -> Pipeline:
+    """Builds the pipeline of config.model and config.lora.
+
+    Text encoder and autoencoder are loaded here, the denoiser by `Pipeline.load`.
+
+    Args:
+      config: the whole configuration; config.model.init is a folder or a repository.
+
+    Raises:
+      UserError: the model can not be found, read or honoured.
+    """
+    model = config.model
+    folder = resolve(model.init, model.revision, model.variant)
+    return assemble(
+        read_source(folder, model.variant),
+        image_size=model.image_size,
+        dtype=model.dtype,
+        remat=model.remat,
+        rank=config.lora.rank,
+        alpha=config.lora.alpha,
+        impl=model.attention,
+        vae_dtype=model.vae_dtype,
+        vae_at_once=model.vae_at_once,
+    )
+
+
+def assemble(
+    source: Source,
+    *,
+    image_size: int = 0,
+    dtype: str = "float32",
+    remat: str = "none",
+    rank: int = 0,
+    alpha: float = 0.0,
+    impl: str = "xla",
+    vae_dtype: str = "float32",
+    vae_at_once: int = 1,
+) -> Pipeline:
+    """A Pipeline of a folder that was read.
+
+    Args:
+      source: the folder.
+      image_size: sides of the pictures in pixels; 0 is what the UNet was trained on.
+      dtype: of the UNet's products.
+      remat: "none" or "full".
+      rank: of the LoRA, 0 for none.
+      alpha: of the LoRA, 0 for its rank.
+      impl: attention implementation.
+      vae_dtype: of the autoencoder's products.
+      vae_at_once: pictures decoded at a time.
+
+    Raises:
+      UserError: weights that do not fit, or an image size that has no latent.
+    """
+    shape = latent_shape(source, image_size)
+    network = UNet2DConditionModel(source.unet, dtype, remat, rank, alpha, impl)
+    example = (
+        jnp.zeros((1, *shape)),
+        jnp.zeros(1),
+        jnp.zeros((1, 1, source.unet.cross_attention_dim)),
+    )
+
+    def boxed_init(key: Array) -> Params:
+        params_key, lora_key = jax.random.split(key)
+        trees = network.init({"params": params_key, "lora": lora_key}, *example)
+        return {"params": trees["params"], "lora": trees.get("lora")}
+
+    def denoise(params, lora, z, time, cond) -> Any:
+        trees = {"params": params} | ({} if lora is None else {"lora": lora})
+        return network.apply(trees, z, time, cond.emb)
+
+    encode = make_encode(source.folder, source.text, load_params(source, "clip_text"))
+    vae = load_params(source, "vae")
+    shapes = jax.eval_shape(boxed_init, jax.random.key(0))
+    return Pipeline(
+        encode=encode,
+        uncond=encode([""]),
+        init=lambda key: nn.meta.unbox(boxed_init(key)),
+        denoise=denoise,
+        decode=make_decode(source.vae, vae, vae_dtype, vae_at_once),
+        axes=jax.tree.map(
+            tuple, nn.get_partition_spec(shapes), is_leaf=lambda s: isinstance(s, P)
+        ),
+        latent_shape=shape,
+        prediction=source.prediction,
+        load=lambda: load_params(source, "unet"),
+        fingerprint=fingerprint(
+            [source.folder / name for name in COMPONENTS.values()], source.variant
+        ),
+        encode_images=make_encode_images(source.vae, vae, vae_dtype, vae_at_once),
+    )
+
+
+def load_params(source: Source, name: str) -> Params:
+    """The weights of a component as our parameter tree, float32, on the host.
+
+    Args:
+      source: the folder.
+      name: "unet", "vae" or "clip_text".
+
+    Raises:
+      UserError: files that can not be read, or tensors that do not fit the network.
+    """
+    config = {"unet": source.unet, "vae": source.vae, "clip_text": source.text}[name]
+    tensors = read_tensors(source.folder / COMPONENTS[name], source.variant)
+    return to_jax(name, tensors, config)
+
+
+def encode_images(
+    folder: Path, variant: str = "", dtype: str = "float32", at_once: int = 1
+) -> Callable[..., Any]:
+    """uint8 pictures [b h w 3] -> (mean, logvar) [b h w c] of their scaled latents.
+
+    Args:
+      folder: of the model.
+      variant: of its weight files.
+      dtype: of the autoencoder's products.
+      at_once: pictures encoded at a time.
+
+    Raises:
+      UserError: the autoencoder can not be read.
+    """
+    source = read_source(folder, variant)
+    vae = load_params(source, "vae")
+    return make_encode_images(source.vae, vae, dtype, at_once)
+
+
+def latent_shape(source: Source, image_size: int) -> tuple[int, int, int]:
+    """(h, w, c) of a latent for square pictures; 0 is the size the UNet was trained on.
+
+    Raises:
+      UserError: the size is no multiple of the autoencoder's, or the folder names none.
+    """
+    factor, size = source.vae.downsampling, source.unet.sample_size
+    if image_size and image_size % factor == 0:
+        size = image_size // factor
+    elif image_size or size is None:
+        raise UserError(
+            "no latent has the size of the pictures (config.model.image_size)",
+            got=image_size or "0, and unet/config.json has no sample_size",
+            wanted=f"a multiple of {factor} pixels",
+            way_out="set config.model.image_size, for example to "
+            f"{max(image_size // factor, 1) * factor or 512}",
+        )
+    height, width = size if isinstance(size, tuple) else (size, size)
+    return (height, width, source.vae.latent_channels)
