@@ -37,6 +37,7 @@ EXTRAS = {
     "gpu-cuda12": ["jax[cuda12]>=0.10.2"],
     "tpu": ["jax[tpu]>=0.10.2"],
     "hub": ["transformers>=5.0", "diffusers>=0.36", "huggingface_hub>=1.0"],
+    "alignment": ["bert-score>=0.3.13"],  # brings torch; only for vlm_alignment
     "rewards": ["rapidocr-onnxruntime>=1.4.4"],
     "wandb": ["wandb>=0.18"],
     "test": [

@@ -15,14 +15,20 @@ def get_config() -> ConfigDict:
     c.seed = 0  # every random number is a function of it
 
     c.model = ConfigDict()
-    c.model.name = "emoji"  # the pipeline: "emoji"
-    c.model.init = "assets"  # "assets" (shipped weights), "random", or a path of an
-    # .npz written by --mode=export or by a run of emoji_pretrain
+    c.model.name = "emoji"  # the pipeline: "emoji" | "stable_diffusion" (1.x and 2.x)
+    c.model.init = "assets"  # "assets" (shipped weights). emoji: also "random", or the
+    # path of an .npz written by --mode=export. stable_diffusion: a diffusers folder or
+    # "owner/name" on the hub; its assets are a tiny random one for ":smoke"
+    c.model.revision = "main"  # hub: branch, tag or commit
+    c.model.variant = ""  # of the weight files: "" | "fp16" | ...
+    c.model.vae_dtype = "float32"  # of the autoencoder
+    c.model.vae_at_once = 1  # pictures decoded at a time
+    # width, depth, heads and patch are the emoji network's
     c.model.width = 192  # channels of the transformer
     c.model.depth = 6  # blocks
     c.model.heads = 6  # attention heads
     c.model.patch = 4  # pixels a token is wide
-    c.model.image_size = 32  # pixels
+    c.model.image_size = 32  # pixels; stable_diffusion: 0 is what the UNet is made for
     c.model.dtype = (
         "float32"  # of the network; states, log-probs and losses are float32
     )
@@ -44,8 +50,14 @@ def get_config() -> ConfigDict:
     # data_term.captions "own"; "prompt" holds out augmentations and noise instead
 
     c.prompts = ConfigDict()
-    c.prompts.source = "data"  # "data" (captions of the data), "file" or "list"
-    c.prompts.path = ""  # text file, one prompt a line, for "file"
+    c.prompts.source = "data"  # "data" (captions of the data) | "file" | "list" | "set"
+    # | "questions" | "tfds"
+    c.prompts.path = ""  # "file": text file, one prompt a line; "questions": JSON lines
+    # of prompts with questions; "tfds": folder or name of a prepared data set
+    c.prompts.set = ""  # "set": imagenet_animals | imagenet_dogs | simple_animals |
+    # nouns_activities | counting
+    c.prompts.feature = "caption"  # "tfds": its text feature
+    c.prompts.split = "train"  # "tfds": its split
     c.prompts.list = ()  # the prompts themselves, for "list"
     c.prompts.limit = 0  # keep a seeded choice of so many; 0 keeps all
     c.prompts.per_epoch = 8  # prompts drawn each epoch
@@ -72,6 +84,23 @@ def get_config() -> ConfigDict:
     c.rewards.threads = 2
     c.rewards.timeout = 120.0  # seconds a batch may take
     c.rewards.on_failure = "error"  # "error" | "mask" (the sample leaves its group)
+
+    c.rewards.vlm = ConfigDict()  # vlm_alignment and vlm_questions
+    c.rewards.vlm.base_url = ""  # of an OpenAI-compatible server, ending in /v1
+    c.rewards.vlm.model = ""  # its name there
+    c.rewards.vlm.api_key_env = ""  # environment variable with the key; "": none
+    c.rewards.vlm.timeout = 60.0  # seconds a question may take
+    c.rewards.vlm.retries = 5  # of 429, 5xx, timeouts and lost connections
+    c.rewards.vlm.backoff = 1.0  # seconds before the first of them, then doubled
+    c.rewards.vlm.threads = 8  # questions at a time
+    c.rewards.vlm.max_tokens = 64  # of an answer
+    c.rewards.vlm.body = ""  # more fields of a request, a JSON object; null drops one
+    c.rewards.vlm.scorer = "bertscore"  # vlm_alignment: "bertscore" | "words" (share of
+    # the prompt's words in the answer, needs no model)
+    c.rewards.vlm.bertscore_model = "microsoft/deberta-xlarge-mnli"
+    c.rewards.vlm.bertscore_layers = 0  # 0: bert-score's own choice for the model
+    c.rewards.vlm.questions = "counting"  # vlm_questions: a set, or a JSON lines file
+    c.rewards.vlm.match = "substring"  # "substring" (as DDPO) | "word"
 
     c.advantages = ConfigDict()
     c.advantages.kind = "group"  # "group" | "tracker" (running, per prompt) | "batch"
@@ -155,6 +184,11 @@ def get_config() -> ConfigDict:
     c.sample.guidance_scale = 2.0
     c.sample.steps = 20
     c.sample.output = ""  # folder of the data set; "" means WORKDIR/dataset
+
+    c.export = ConfigDict()  # --mode=export of stable_diffusion
+    c.export.merge_lora = False  # a LoRA run: the whole pipeline instead of a LoRA file
+    c.export.bake_alpha = False  # multiply alpha / rank into B, for other programs
+    c.export.dtype = "float32"  # of a whole UNet: "float32" | "float16" | "bfloat16"
 
     c.mesh = ConfigDict({"data": -1, "fsdp": 1, "tensor": 1, "context": 1})
 

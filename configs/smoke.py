@@ -17,7 +17,25 @@ def shrink(config: ConfigDict, variant: str) -> ConfigDict:
         return config
     c = config
     c.name = f"{c.name}:smoke"
+    if c.model.name == "stable_diffusion":
+        return _shrink_diffusion(c)
     c.model.update(init="random", width=32, depth=1, heads=2)
+    _shrink_run(c)
+    return c
+
+
+def _shrink_diffusion(c: ConfigDict) -> ConfigDict:
+    """The tiny random Stable Diffusion of ddrl_jax/assets, on pictures of 32 px."""
+    c.model.update(init="assets", image_size=0, dtype="float32", remat="none")
+    c.lora.rank = min(c.lora.rank, 2)
+    _shrink_run(c)
+    c.prompts.update(per_epoch=16, group_size=1)
+    c.train.inner_epochs = min(c.train.inner_epochs, 2)
+    c.advantages.update(tracker_size=8, tracker_min=4)
+    return c
+
+
+def _shrink_run(c: ConfigDict) -> None:
     c.prompts.update(limit=8, per_epoch=4, group_size=4)
     c.sampler.steps = 4
     # of the steps it trained, keep what the short sampler has
@@ -28,4 +46,3 @@ def shrink(config: ConfigDict, variant: str) -> ConfigDict:
     c.evaluate.update(every=1, samples=8, steps=2, data_samples=8, pictures=4)
     c.checkpoint.every = 1
     c.sample.update(per_prompt=2, steps=2)
-    return c

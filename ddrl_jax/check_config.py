@@ -30,6 +30,7 @@ def check_config(config: Any, device_count: int) -> None:
     """
     check_keys(config)
     _check_names(config)
+    _check_solver(config)
     _check_network(config)
     _check_data(config)
     _check_prompts(config)
@@ -59,8 +60,45 @@ def _check_names(config: Any) -> None:
         )
 
 
+def _check_solver(config: Any) -> None:
+    require(
+        config.model.name == "emoji" or config.evaluate.solver not in METHODS,
+        "the solver belongs to flow networks",
+        got=f'evaluate.solver "{config.evaluate.solver}"',
+        wanted='"ddim" or "rollout" for Stable Diffusion',
+        way_out="change evaluate.solver",
+    )
+
+
 def _check_network(config: Any) -> None:
     model, lora = config.model, config.lora
+    require(
+        lora.rank > 0 or lora.alpha == 0,
+        "lora.alpha scales nothing without LoRA",
+        got=f"alpha {lora.alpha}, rank 0",
+        wanted="a rank >= 1 with an alpha, or alpha 0",
+        way_out="set lora.rank, or lora.alpha to 0",
+    )
+    if model.name == "emoji":
+        _check_emoji(model, lora)
+    else:
+        require(
+            model.init != "random",
+            "Stable Diffusion has no random start here",
+            got='model.init "random"',
+            wanted='a diffusers folder, "owner/name" on the hub, or "assets"',
+            way_out="set config.model.init; :smoke runs on the tiny shipped one",
+        )
+
+
+def _check_emoji(model: Any, lora: Any) -> None:
+    require(
+        model.image_size > 0,
+        "model.image_size is 0",
+        got=0,
+        wanted="the side of a picture in pixels",
+        way_out="set model.image_size, 32 for the shipped weights",
+    )
     for whole, part in (("width", "heads"), ("image_size", "patch")):
         require(
             model[whole] % model[part] == 0,
@@ -83,13 +121,6 @@ def _check_network(config: Any) -> None:
         got=f"rank {lora.rank}, model.width {model.width}",
         wanted="rank <= width",
         way_out="4 to 32 is usual; 0 trains all weights",
-    )
-    require(
-        lora.rank > 0 or lora.alpha == 0,
-        "lora.alpha scales nothing without LoRA",
-        got=f"alpha {lora.alpha}, rank 0",
-        wanted="a rank >= 1 with an alpha, or alpha 0",
-        way_out="set lora.rank, or lora.alpha to 0",
     )
     if model.init not in ("assets", "random"):
         path = Path(model.init).expanduser()
@@ -131,11 +162,16 @@ def _check_data(config: Any) -> None:
 
 def _check_prompts(config: Any) -> None:
     prompts = config.prompts
+    files = {
+        "file": "a UTF-8 text file, one prompt a line",
+        "questions": "a file of JSON lines with prompts and questions",
+        "tfds": "a folder or the name of a prepared TFDS data set",
+    }
     require(
-        prompts.source != "file" or bool(prompts.path),
-        'prompts.path is empty, which prompts.source "file" needs',
+        prompts.source not in files or bool(prompts.path),
+        f'prompts.path is empty, which prompts.source "{prompts.source}" needs',
         got="''",
-        wanted="a UTF-8 text file, one prompt a line",
+        wanted=files.get(prompts.source, ""),
         way_out="set prompts.path; it is relative to where you started",
     )
     require(

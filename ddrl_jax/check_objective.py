@@ -18,7 +18,8 @@ def check_objective(config: Any) -> None:
     """
     _check_weights(config)
     _check_rewards(config)
-    make_kernel(config.sampler)  # checks the ranges that depend on the kernel
+    # checks the ranges that depend on the kernel
+    make_kernel(config.sampler, _prediction(config))
     if config.policy.weight > 0:
         _check_advantages(config)
         if config.policy.term in WEIGHTED:
@@ -28,6 +29,11 @@ def check_objective(config: Any) -> None:
             _check_trained_steps(config)
     if config.data_term.weight > 0:
         _check_data_term(config)
+
+
+def _prediction(config: Any) -> str:
+    """Whose noise levels the sampler must stay in; eps stands for v too."""
+    return "velocity" if config.model.name == "emoji" else "eps"
 
 
 def _check_weights(config: Any) -> None:
@@ -150,7 +156,10 @@ def _check_weighted(config: Any) -> None:
 
 def _check_trained_steps(config: Any) -> None:
     sampler, policy = config.sampler, config.policy
-    noisy = [int(i) for i in np.flatnonzero(make_kernel(sampler).stochastic)]
+    noisy = [
+        int(i)
+        for i in np.flatnonzero(make_kernel(sampler, _prediction(config)).stochastic)
+    ]
     require(
         bool(noisy),
         "the sampler adds no noise at any step, so there is no log-prob to train",

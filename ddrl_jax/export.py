@@ -1,26 +1,35 @@
-"""--mode=export: the averaged weights of a run, as one file that model.init reads."""
+"""--mode=export: the averaged weights of a run, as model.init and others read them."""
 
 from pathlib import Path
 from typing import Any
 
+import jax
+
 from ddrl_jax.checkpoint import Checkpoints
 from ddrl_jax.errors import UserError
+from ddrl_jax.interfaces import Params
 from ddrl_jax.models.emoji import write_params
+from ddrl_jax.models.export_diffusers import write_lora, write_pipeline
 from ddrl_jax.models.lora import merge_lora
-from ddrl_jax.program import build
+from ddrl_jax.models.stable_diffusion import model_folder
+from ddrl_jax.program import Program, build
 from ddrl_jax.resume import start
 from ddrl_jax.workdir import open_workdir
 
 
 def export_mode(config: Any, workdir: str) -> None:
-    """Writes WORKDIR/export/EPOCH.npz in half precision; a LoRA is merged into it.
+    """Writes WORKDIR/export/EPOCH: what the weights are used by is the model's matter.
+
+    The emoji model: one .npz in half precision, a LoRA merged into it. Stable
+    Diffusion: a diffusers pipeline folder, or for a LoRA the file that
+    `pipe.load_lora_weights` takes (config.export.merge_lora for the folder).
 
     Args:
       config: the configuration of the run.
       workdir: folder of the run.
 
     Raises:
-      UserError: the run has no checkpoint, or the file exists already.
+      UserError: the run has no checkpoint, or its place is taken.
     """
     home = open_workdir(workdir, config, exclusive=False)
     program = build(config)
@@ -33,7 +42,13 @@ def export_mode(config: Any, workdir: str) -> None:
             wanted="a workdir of --mode=train",
             way_out="train first, or correct --workdir",
         )
-    target = Path(home.root) / "export" / f"{epoch:06d}.npz"
+    target = Path(home.root) / "export" / f"{epoch:06d}"
+    write = {"emoji": _emoji, "stable_diffusion": _diffusers}[config.model.name]
+    print(f"exported epoch {epoch}: {write(program, state.ema, target)}", flush=True)
+
+
+def _emoji(program: Program, trained: Params, target: Path) -> Path:
+    target = target.with_suffix(".npz")
     if target.exists():
         raise UserError(
             f"{target} is already there",
@@ -41,9 +56,22 @@ def export_mode(config: Any, workdir: str) -> None:
             wanted="a new one",
             way_out="move it away",
         )
-    params = state.ema
-    if config.lora.rank:
-        params = merge_lora(program.frozen, state.ema, config.lora)
     target.parent.mkdir(exist_ok=True)
-    write_params(target, params)
-    print(f"exported epoch {epoch}: {target}", flush=True)
+    write_params(target, _whole(program, trained))
+    return target
+
+
+def _diffusers(program: Program, trained: Params, target: Path) -> Path:
+    """A LoRA file for `load_lora_weights`, or a whole pipeline folder."""
+    config = program.config
+    if config.lora.rank and not config.export.merge_lora:
+        baked = config.export.bake_alpha
+        return write_lora(target, jax.device_get(trained), config.lora, baked)
+    params, folder = _whole(program, trained), model_folder(config.model)
+    dtype, variant = config.export.dtype, config.model.variant
+    return write_pipeline(folder, target, jax.device_get(params), dtype, variant)
+
+
+def _whole(program: Program, trained: Params) -> Params:
+    lora = program.config.lora
+    return merge_lora(program.frozen, trained, lora) if lora.rank else trained

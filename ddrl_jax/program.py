@@ -33,11 +33,15 @@ from ddrl_jax.learner import (
     make_update,
 )
 from ddrl_jax.models.emoji import emoji_pipeline
+from ddrl_jax.models.stable_diffusion import stable_diffusion_pipeline
 from ddrl_jax.optim import make_optimizer
 from ddrl_jax.rollout import guided, make_score, rollout, step_times
 from ddrl_jax.sharding import make_mesh, params_shardings, place_batch, replicated
 
-PIPELINES = {"emoji": emoji_pipeline}
+PIPELINES = {
+    "emoji": emoji_pipeline,
+    "stable_diffusion": stable_diffusion_pipeline,
+}
 DATA_STREAM = (
     1_000_003  # folded into the seed, so data draws never repeat rollout noise
 )

@@ -18,7 +18,7 @@ from ddrl_jax.program import Program, build
 from ddrl_jax.report import write_report
 from ddrl_jax.resume import samples_per_epoch, save, start
 from ddrl_jax.rewards.pool import RewardPool
-from ddrl_jax.rewards.registry import make_rewards
+from ddrl_jax.rewards.registry import check_rewards, make_rewards
 from ddrl_jax.self_test import check_ratio
 from ddrl_jax.terms import WEIGHTED
 from ddrl_jax.workdir import Workdir, open_workdir
@@ -136,10 +136,11 @@ def update_epoch(
 
 def make_pool(config: Any) -> RewardPool:
     """The trained rewards on their threads."""
-    rewards = make_rewards(config.rewards, names=tuple(config.rewards.weights))
     r = config.rewards
-    return RewardPool(rewards if config.policy.weight else {}, r.threads, r.timeout,
-                      r.on_failure)  # fmt: skip
+    names = tuple(r.weights) if config.policy.weight else ()
+    rewards = make_rewards(r, names=names)
+    check_rewards(rewards)
+    return RewardPool(rewards, r.threads, r.timeout, r.on_failure)
 
 
 def speeds(config: Any, values: dict, epoch: int) -> dict[str, float]:
@@ -167,7 +168,9 @@ def _redraw(program: Program, batch: Collected, epoch: int, inner: int) -> list:
     """The same rollouts with new data draws, in another order of chunks."""
     fresh = draw_chunks(program, batch.prompts, epoch, inner)
     chunks = [
-        old._replace(data_keys=new.data_keys, records=new.records)
+        old._replace(
+            data_keys=new.data_keys, records=new.records, data_cond=new.data_cond
+        )
         for old, new in zip(batch.chunks, fresh, strict=True)
     ]
     random = np.random.default_rng([program.config.seed, 5, epoch, inner])

@@ -5,6 +5,11 @@ from pathlib import Path
 
 import numpy as np
 
+from ddrl_jax.data.prompt_sets import (
+    prompt_set,
+    read_question_prompts,
+    tfds_prompts,
+)
 from ddrl_jax.errors import UserError
 from ddrl_jax.interfaces import Prompts
 
@@ -43,12 +48,16 @@ def prompt_list(prompts_config, captions: Sequence[str], seed: int) -> tuple[str
       captions: of the data, for source "data"; repeats are dropped.
       seed: chooses which ones stay where `limit` is set.
     """
-    if prompts_config.source == "file":
-        found = read_prompt_file(prompts_config.path)
-    elif prompts_config.source == "list":
-        found = tuple(prompts_config.list)
-    else:
-        found = tuple(dict.fromkeys(captions))
+    c = prompts_config
+    read = {
+        "data": lambda: tuple(dict.fromkeys(captions)),
+        "list": lambda: tuple(c.list),
+        "file": lambda: read_prompt_file(c.path),
+        "set": lambda: prompt_set(c.set),
+        "questions": lambda: read_question_prompts(c.path),
+        "tfds": lambda: tfds_prompts(c.path, c.feature, c.split),
+    }
+    found = read[c.source]()
     limit = prompts_config.limit or len(found)
     if limit > len(found):
         raise UserError(

@@ -19,6 +19,8 @@ from ddrl_jax.models.prompt_encoder import make_encode
 from ddrl_jax.models.sd_folder import Source, read_source
 from ddrl_jax.models.unet import UNet2DConditionModel
 
+# A random model of 70 thousand weights that diffusers wrote, for ":smoke".
+TINY = Path(__file__).parent.parent / "assets" / "tiny_sd"
 COMPONENTS = {"unet": "unet", "vae": "vae", "clip_text": "text_encoder"}
 
 
@@ -34,7 +36,7 @@ def stable_diffusion_pipeline(config: Any) -> Pipeline:
       UserError: the model can not be found, read or honoured.
     """
     model = config.model
-    folder = resolve(model.init, model.revision, model.variant)
+    folder = model_folder(model)
     return assemble(
         read_source(folder, model.variant),
         image_size=model.image_size,
@@ -46,6 +48,17 @@ def stable_diffusion_pipeline(config: Any) -> Pipeline:
         vae_dtype=model.vae_dtype,
         vae_at_once=model.vae_at_once,
     )
+
+
+def model_folder(model: Any) -> Path:
+    """The folder of config.model.init: shipped, local, or downloaded from the hub.
+
+    Raises:
+      UserError: the model can not be found.
+    """
+    if model.init == "assets":
+        return TINY
+    return resolve(model.init, model.revision, model.variant)
 
 
 def assemble(

@@ -81,6 +81,8 @@ class _Call:
             found = np.asarray(reward(images, prompts))
             values, problem = _checked(found, self.count)
         except BaseException as e:
+            if getattr(e, "fatal", False):  # no later batch can fare better
+                return self.finish(lost=e)
             return self.finish(problem=_from_exception(e, self.count))
         return self.finish(values=values, problem=problem)
 

@@ -6,6 +6,7 @@ from typing import Any
 
 from ddrl_jax.errors import UserError
 from ddrl_jax.interfaces import Reward
+from ddrl_jax.rewards.alignment import vlm_alignment, vlm_questions
 from ddrl_jax.rewards.compressibility import compressibility, incompressibility
 from ddrl_jax.rewards.retrieval import load_judge, retrieval, retrieval_log_prob
 
@@ -13,6 +14,8 @@ from ddrl_jax.rewards.retrieval import load_judge, retrieval, retrieval_log_prob
 REWARDS: dict[str, Callable[[Any, Sequence[str]], Reward]] = {
     "compressibility": lambda config, _: compressibility(config.jpeg_upscale),
     "incompressibility": lambda config, _: incompressibility(config.jpeg_upscale),
+    "vlm_alignment": lambda config, _: vlm_alignment(config),
+    "vlm_questions": vlm_questions,
     "retrieval": lambda _, captions: retrieval(load_judge(), captions),
     "retrieval_log_prob": lambda _, captions: retrieval_log_prob(
         load_judge(), captions
@@ -55,3 +58,24 @@ def make_rewards(
                 " ddrl_jax/rewards/registry.py",
             )
     return {name: REWARDS[name](config, captions) for name in dict.fromkeys(names)}
+
+
+def check_rewards(rewards: dict[str, Reward]) -> None:
+    """Asks rewards that live elsewhere whether they can answer, before a rollout.
+
+    Raises:
+      UserError: a server is unreachable, refuses, or has no such model.
+    """
+    for reward in rewards.values():
+        check = getattr(reward, "check", None)
+        if check is not None:
+            check()
+
+
+def counters(rewards: dict[str, Reward]) -> dict[str, float]:
+    """What rewards counted since the last call, as reward/NAME/COUNTER."""
+    found = {}
+    for name, reward in rewards.items():
+        counts = getattr(reward, "counters", dict)()
+        found |= {f"reward/{name}/{key}": float(n) for key, n in counts.items()}
+    return found

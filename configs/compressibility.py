@@ -1,0 +1,19 @@
+"""DDPO: JPEG compressibility of Stable Diffusion's pictures, on ImageNet animals.
+
+    python -m ddrl_jax.main --config=configs/compressibility.py \
+        --workdir=runs/compressibility
+
+arXiv 2305.13301, section 5.1: minus the size in kB at quality 95 and 512 px; 398
+prompts, the animal labels of ImageNet. Variants and what they set: configs/ddpo_sd.py.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import ddpo_sd
+
+
+def get_config(variant: str = "") -> ConfigDict:
+    c = ddpo_sd.task("compressibility", variant, updates=4)
+    c.rewards.weights = ConfigDict({"compressibility": 1.0})
+    c.prompts.update(source="set", set="imagenet_animals")
+    return ddpo_sd.finish(c, variant)

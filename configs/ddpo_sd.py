@@ -1,0 +1,101 @@
+"""What the four DDPO tasks share on Stable Diffusion, and their variants.
+
+    python -m ddrl_jax.main --config=configs/aesthetic.py --workdir=runs/aesthetic
+    python -m ddrl_jax.main --config=configs/aesthetic.py:paper --workdir=runs/paper
+
+arXiv 2305.13301, table D.5: 50 DDIM steps with eta 1 and guidance 5, trained with the
+same guidance, per-prompt running statistics, clip range 1e-4 of a log-prob that is a
+mean over the latent, AdamW with weight decay 1e-4, global norm at most 1, 256 samples
+an epoch.
+
+| variant      | what is trained  | policy term           | rate | updates     |
+|--------------|------------------|-----------------------|------|-------------|
+| "", "lora"   | LoRA of rank 4   | clipped               | 3e-4 | the task's  |
+| "paper"      | all of the UNet  | clipped               | 1e-5 | 4 an epoch  |
+| "sf"         | all of the UNet  | REINFORCE             | 1e-5 | 1 an epoch  |
+| "rwr"        | all of the UNet  | weighted denoising    | 1e-5 | 400 a round |
+| "sparse_rwr" | all of the UNet  | the best tenth, equal | 1e-5 | 400 a round |
+| "dpok"       | LoRA of rank 4   | clipped, step KL 0.01 | 3e-4 | the task's  |
+| "ddrl"       | LoRA of rank 4   | clipped, data loss    | 3e-4 | the task's  |
+| "smoke"      | tiny shipped one | clipped               | 3e-4 | seconds     |
+
+"NAME-smoke" is any of them on the tiny shipped model. ddrl needs captioned pictures,
+--config.data.path=FOLDER. The KL and data weights are starting points, not measured.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import base
+from configs.smoke import shrink
+
+REPO = "stable-diffusion-v1-5/stable-diffusion-v1-5"
+PAPER_REPO = "CompVis/stable-diffusion-v1-4"  # what the paper's runs started from
+VARIANTS = ("lora", "paper", "sf", "rwr", "sparse_rwr", "dpok", "ddrl")
+
+
+def task(name: str, variant: str, updates: int) -> ConfigDict:
+    """The configuration of a task before its reward and prompts are set.
+
+    Args:
+      name: of the task.
+      variant: one of the table.
+      updates: optimizer steps an epoch of the LoRA variants.
+    """
+    kind = variant.removesuffix("smoke").removesuffix("-") or "lora"
+    if kind not in VARIANTS:
+        names = ", ".join((*VARIANTS, "smoke", "NAME-smoke"))
+        raise ValueError(f'unknown variant "{variant}", there are {names}')
+    c = base.get_config()
+    c.name = f"{name}:{kind}"
+    c.model.update(name="stable_diffusion", init=REPO, image_size=512)
+    c.model.update(dtype="bfloat16", remat="full")
+    c.data.source = "none"
+    c.prompts.update(per_epoch=256, group_size=1)
+    c.sampler.update(kernel="ddim", eta=1.0, steps=50, guidance_scale=5.0)
+    c.evaluate.update(solver="ddim", steps=50, guidance_scale=5.0, every=10)
+    c.evaluate.data_samples = 0
+    c.rewards.update(jpeg_upscale=1, heldout=())
+    c.advantages.update(kind="tracker", tracker_size=16, tracker_min=16)
+    c.advantages.update(epsilon=1e-6, clip=5.0)
+    c.policy.update(clip_range=1e-4, train_steps=0, per_sample_steps=True)
+    c.train.update(epochs=100, minibatches=updates, microbatch=8)
+    c.optimizer.update(weight_decay=1e-4, grad_clip=1.0, ema_decay=0.0)
+    if kind in ("lora", "dpok", "ddrl"):
+        c.lora.rank = 4
+        c.optimizer.lr = 3e-4
+    else:
+        _full(c, kind)
+    if kind == "dpok":
+        c.policy.kl_weight = 0.01
+    if kind == "ddrl":
+        c.data.source = "folder"
+        c.data_term.update(weight=0.01, weighting="eps", captions="own")
+        c.evaluate.data_samples = 64
+    return c
+
+
+def _full(c: ConfigDict, kind: str) -> None:
+    """All weights of the UNet, as the paper trains them."""
+    c.model.init = PAPER_REPO
+    c.model.dtype = "float32"
+    c.optimizer.lr = 1e-5
+    c.advantages.update(clip=10.0, tracker_size=32)
+    c.train.update(epochs=200, minibatches=4)
+    if kind == "sf":
+        c.policy.term = "reinforce"
+        c.train.minibatches = 1
+    if kind in ("rwr", "sparse_rwr"):
+        # 10 rounds: collect 10k, fit with 400 updates of 128 by fresh moments. The
+        # sparse form looks at all samples in an update and leaves out nine in ten.
+        c.policy.update(term=kind, per_sample_steps=False)
+        c.advantages.kind = "batch"
+        c.prompts.per_epoch = 10_240
+        sparse = kind == "sparse_rwr"
+        c.train.update(epochs=10, minibatches=8 if sparse else 80)
+        c.train.inner_epochs = 50 if sparse else 5
+        c.optimizer.fresh = True
+
+
+def finish(c: ConfigDict, variant: str) -> ConfigDict:
+    """The configuration itself, or in seconds where the variant says smoke."""
+    return shrink(c, "smoke" if variant.endswith("smoke") else "")

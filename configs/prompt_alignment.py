@@ -1,0 +1,25 @@
+"""DDPO: a vision-language model sees in the picture what the prompt says.
+
+    python -m ddrl_jax.main --config=configs/prompt_alignment.py \
+        --workdir=runs/alignment --config.rewards.vlm.model=NAME \
+        --config.rewards.vlm.base_url=http://HOST:8000/v1
+
+arXiv 2305.13301, section 5.2: any OpenAI-compatible endpoint says what is going on in
+the picture, BERTScore recall of "The image contains PROMPT" is the reward. 135 prompts,
+animals at activities.
+Variants and what they set: configs/ddpo_sd.py.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import ddpo_sd
+
+
+def get_config(variant: str = "") -> ConfigDict:
+    c = ddpo_sd.task("prompt_alignment", variant, updates=2)
+    c.rewards.weights = ConfigDict({"vlm_alignment": 1.0})
+    c.prompts.update(source="set", set="nouns_activities")
+    c.advantages.tracker_size = 32
+    if not variant.startswith(("rwr", "sparse_rwr", "paper", "sf")):
+        c.train.epochs = 200
+    return ddpo_sd.finish(c, variant)
