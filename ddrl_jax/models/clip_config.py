@@ -30,7 +30,7 @@ IGNORED_KEYS = frozenset((
     "no_repeat_ngram_size", "length_penalty", "repetition_penalty", "max_length",
     "min_length", "num_beam_groups", "num_beams", "num_return_sequences", "temperature",
     "top_k", "top_p", "typical_p", "logit_scale_init_value", "text_config_dict",
-    "vision_config_dict",
+    "vision_config_dict", "gradient_checkpointing", "transformers.js_config",
 ))
 # fmt: on
 _ONLY: dict[str, tuple] = {
