@@ -41,8 +41,21 @@ def get_config() -> ConfigDict:
 
     c.data = ConfigDict()
     c.data.source = "emoji"  # "emoji" (shipped), "samples" (data.path written by
-    # --mode=sample) or "none" (only where data_term.weight is 0)
-    c.data.path = ""  # folder of a TFDS data set for "samples"
+    # --mode=sample), "none" (only where data_term.weight is 0), and for
+    # stable_diffusion "folder" (captioned pictures) or "tfds" (a prepared data set)
+    c.data.path = ""  # of the samples, the folder, or the data set (or its name)
+    c.data.split = "train"  # tfds
+    c.data.image_feature = "image"  # tfds
+    c.data.caption_feature = "caption"  # tfds; "a/b" for one within a feature
+    c.data.tfds_dir = ""  # tfds: where prepared sets lie; "" is TFDS's own place
+    c.data.resample = "bicubic"  # "bicubic" | "lanczos": to the model's size
+    c.data.on_bad = (
+        "error"  # "error" | "skip": pictures or captions that can not be used
+    )
+    c.data.cache = "~/.cache/ddrl_jax"  # folder of caches of latents and embeddings
+    c.data.cache_dtype = "float16"  # of the latents on disk, or "float32"
+    c.data.cache_text_dtype = "float32"  # of the embeddings, or "float16"
+    c.data.cache_batch = 8  # pictures or captions an encoder call while it is written
     c.data.min_scale = 0.5  # emoji: smallest size as a share of the picture
     c.data.max_scale = 1.0  # emoji: largest
     c.data.rotation = 15.0  # emoji: degrees either way

@@ -143,13 +143,24 @@ def _check_data(config: Any) -> None:
         wanted="min_scale <= max_scale",
         way_out="swap them",
     )
-    if data.source == "samples":
+    emoji = config.model.name == "emoji"
+    fitting = ("emoji", "samples") if emoji else ("folder", "tfds", "samples")
+    require(
+        data.source in (*fitting, "none"),
+        f"{config.model.name} can not be trained on this data",
+        got=f'data.source "{data.source}"',
+        wanted="one of " + ", ".join(fitting) + ', or "none" without a data term',
+        way_out="change data.source",
+    )
+    if data.source in ("samples", "folder"):
         require(
             bool(data.path) and Path(data.path).expanduser().is_dir(),
-            'data.path is no folder, which data.source "samples" needs',
+            f'data.path is no folder, which data.source "{data.source}" needs',
             got=repr(data.path),
             wanted="the folder of a data set",
-            way_out="write one with --mode=sample; it prints the path",
+            way_out="--mode=sample writes samples and prints the path"
+            if data.source == "samples"
+            else "set config.data.path to a folder of pictures with captions",
         )
     require(
         data.source != "none" or config.prompts.source != "data",

@@ -94,13 +94,14 @@ class Evaluation:
         count = program.config.evaluate.data_samples
         index = np.arange(count, dtype=np.int32) % len(program.prompts)
         records, captions = draw_records(program, index, -1 % 2**31, heldout=True)
-        table = program.captions.table if program.captions else program.cond_table
+        table = program.captions.table if program.captions else None
         fetch = program.source.fetch
         root = jax.random.fold_in(jax.random.key(program.config.seed), DATA_STREAM)
         size, losses = program.config.train.microbatch, []
-        parts = chunks_of(program, root, captions, table)
-        for part, rows in zip(parts, _padded(records, size), strict=True):
-            data = rows if fetch is None else fetch(rows)
+        rows = captions if program.captions is None or table else np.zeros_like(records)
+        parts = chunks_of(program, root, rows, table)
+        for part, numbers in zip(parts, _padded(records, size), strict=True):
+            data = numbers if fetch is None else fetch(numbers)
             data = place_batch(program.mesh, data)
             losses.append(loss(params, program.frozen, *part, data))
         return float(np.mean(np.concatenate(jax.device_get(losses))[:count]))
@@ -192,10 +193,12 @@ def evaluate_mode(config: Any, workdir: str) -> None:
 
 
 def _make_data_loss(program: Program, source: DataSource):
-    objective = program.objective
+    objective, captions = program.objective, program.captions
+    own_text = source.cond if captions and captions.table is None else None
 
     @jax.jit
     def loss(params, frozen, keys, cond: Cond, records):
+        cond = own_text(records) if own_text else cond
         draw = jax.vmap(lambda k: jax.random.split(k, 3))(keys)
         x0 = source.latents(records, draw[:, 0])
         time = draw_times("uniform", draw[:, 1], objective.prediction)

@@ -121,11 +121,14 @@ class DataSource(NamedTuple):
         anywhere. `records` are numbers [b] int32, or what `fetch` gave for them.
       fetch: record numbers [b] -> a tree of host arrays with leading axis b, for data
         that is too large for the device; None: it is there already.
+      cond: what `fetch` gave -> the records' own captions as the network is told;
+        None: they are encoded once into a table.
     """
 
     captions: tuple[str, ...]
     latents: Callable[[Any, Key[Array, " b"]], Float[Array, "b *x"]]
     fetch: Callable[[Int[np.ndarray, " b"]], Any] | None = None
+    cond: Callable[[Any], Cond] | None = None
 
 
 class Pipeline(NamedTuple):

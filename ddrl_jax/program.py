@@ -11,9 +11,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from ddrl_jax.data.emoji import emoji_source
 from ddrl_jax.data.prompts import prompt_list, records_by_prompt, require_records
-from ddrl_jax.data.samples import sample_source
 from ddrl_jax.diffusion.kernels import make_kernel
 from ddrl_jax.interfaces import (
     Cond,
@@ -37,6 +35,7 @@ from ddrl_jax.models.stable_diffusion import stable_diffusion_pipeline
 from ddrl_jax.optim import make_optimizer
 from ddrl_jax.rollout import guided, make_score, rollout, step_times
 from ddrl_jax.sharding import make_mesh, params_shardings, place_batch, replicated
+from ddrl_jax.sources import make_source
 
 PIPELINES = {
     "emoji": emoji_pipeline,
@@ -50,7 +49,7 @@ DATA_STREAM = (
 class Captions(NamedTuple):
     """The data's own captions: their embeddings, once each, and each record's row."""
 
-    table: Cond
+    table: Cond | None  # None where records bring their text along
     of_record: np.ndarray  # [records] int32
     training: int  # records before the held-out ones
 
@@ -90,7 +89,7 @@ def build(config) -> Program:
     mesh = make_mesh(config.mesh)
     pipeline = PIPELINES[config.model.name](config)
     kernel = make_kernel(config.sampler, pipeline.prediction)
-    source = make_source(config)
+    source = make_source(config, pipeline)
     captions = source.captions if source else ()
     prompts = prompt_list(config.prompts, captions, config.seed)
     needs_data = config.data_term.weight > 0
@@ -125,7 +124,9 @@ def build(config) -> Program:
         reference=reference,
         new_state=lambda: start(trainable),
         abstract_state=lambda: _abstract(shapes, states, tx),
-        prepare=_make_prepare(config, mesh, cond_table, needs_data, own),
+        prepare=_make_prepare(
+            config, mesh, cond_table, own, source if needs_data else None
+        ),
         decode=decode,
         rollout=_make_rollout(config, mesh, objective, decode),
         recompute=jax.jit(make_recompute(objective)),
@@ -147,18 +148,6 @@ def total_updates(config) -> int:
     """Optimizer steps of the whole run."""
     per_epoch = config.train.minibatches * config.train.inner_epochs
     return config.train.epochs * per_epoch
-
-
-def make_source(config) -> DataSource | None:
-    """The captioned data of config.data, or None for source "none"."""
-    data = config.data
-    if data.source == "none":
-        return None
-    if data.source == "samples":
-        return sample_source(data.path)
-    return emoji_source(
-        config.model.image_size, data.min_scale, data.max_scale, data.rotation
-    )
 
 
 def make_apply(config, pipeline: Pipeline) -> Callable:
@@ -239,12 +228,15 @@ def _own_captions(config, pipeline: Pipeline, source, mesh: Mesh) -> Captions | 
     row = {caption: i for i, caption in enumerate(unique)}
     rows = np.array([row[caption] for caption in source.captions], np.int32)
     require_records(len(rows), config.data.heldout)
-    table = jax.device_put(pipeline.encode(unique), replicated(mesh))
+    table = None
+    if source.cond is None:
+        table = jax.device_put(pipeline.encode(unique), replicated(mesh))
     return Captions(table, rows, len(rows) - config.data.heldout)
 
 
-def _make_prepare(config, mesh: Mesh, cond_table: Cond, needs_data: bool, own):
+def _make_prepare(config, mesh: Mesh, cond_table: Cond, own, source):
     data_table = cond_table if own is None else own.table
+    own_text = source.cond if source is not None and data_table is None else None
 
     @jax.jit
     def draw(scalars, index, data, captions, table, data_table):
@@ -256,8 +248,10 @@ def _make_prepare(config, mesh: Mesh, cond_table: Cond, needs_data: bool, own):
         keys = fold(jax.random.fold_in(root, epoch), sample)
         data_keys = fold(jax.random.fold_in(stream, epoch), sample)
         cond = jax.tree.map(lambda t: t[index], table)
-        data_cond = jax.tree.map(lambda t: t[captions], data_table)
-        pair = (data, data_cond) if needs_data else (None, None)
+        pair = (None, None)
+        if source is not None:
+            rows = jax.tree.map(lambda t: t[captions], data_table)
+            pair = (data, own_text(data) if own_text else rows)
         return Minibatch(keys, data_keys, cond, *pair, None, None, None)
 
     def prepare(epoch, offset, inner, index, data, captions):

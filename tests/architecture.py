@@ -25,7 +25,14 @@ PLUMBING += ("checkpoint", "fingerprint", "report")
 CHECKS = ("config_rules", "check_config", "check_objective", "command_line")
 PARTS = ("diffusion", "objectives", "models", "rewards", "data", "rollout", "learner")
 PARTS += ("terms",)
-RUN = ("program", "draws", "collect", "self_test", "resume")  # one run put together
+RUN = (
+    "sources",
+    "program",
+    "draws",
+    "collect",
+    "self_test",
+    "resume",
+)  # one run put together
 MODES = ("evaluate", "sample", "export", "plan")
 BELOW_TRAIN = (*PARTS, *PLUMBING, *CHECKS, *RUN)
 IMPORT_TABLE: dict[str, tuple[str, ...]] = {

@@ -20,9 +20,9 @@ from ddrl_jax.diffusion.kernels import make_kernel
 from ddrl_jax.draws import draw_chunks, draw_trained_steps
 from ddrl_jax.program import (
     DATA_STREAM,
-    make_source,
     total_updates,
 )
+from ddrl_jax.sources import make_source
 
 DATA = {"data_term.weight": 0.5}
 
@@ -100,8 +100,8 @@ def test_without_a_data_term_there_is_no_data():
     assert chunks[0].records is None and chunks[0].data_cond is None
 
 
-def test_no_source_is_none():
-    assert make_source(configured({"data.source": "none"})) is None
+def test_no_source_is_none(program):
+    assert make_source(configured({"data.source": "none"}), program.pipeline) is None
 
 
 # ---- trained steps

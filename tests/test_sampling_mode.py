@@ -12,7 +12,7 @@ from ddrl_jax.errors import UserError
 from ddrl_jax.export import export_mode
 from ddrl_jax.models.emoji import emoji_pipeline, read_params
 from ddrl_jax.objectives.advantages import PerPromptTracker
-from ddrl_jax.program import build, make_source
+from ddrl_jax.program import build
 from ddrl_jax.resume import save
 from ddrl_jax.sample import sample_mode
 from ddrl_jax.workdir import open_workdir
@@ -86,8 +86,9 @@ def test_samples_are_never_overwritten(sampled):
 def test_samples_anchor_a_data_term(sampled):
     edits = {"data.source": "samples", "data.path": str(sampled / "dataset")}
     config = settings(**edits, data_term__weight=0.5)
-    assert make_source(config).captions == tuple(np.repeat(WORDS[:2], 5))
     program = build(config)
+    assert program.source is not None
+    assert program.source.captions == tuple(np.repeat(WORDS[:2], 5))
     assert [list(r) for r in program.records_of] == [list(range(5)), list(range(5, 10))]
 
 

@@ -1,0 +1,96 @@
+"""config.data -> the captioned data of a run: drawn, stored, or latents of a cache."""
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from ddrl_jax.data.emoji import emoji_source
+from ddrl_jax.data.images import Pictures
+from ddrl_jax.data.latent_writer import write_latents
+from ddrl_jax.data.latents import LatentSource, latent_source
+from ddrl_jax.data.picture_folder import read_folder
+from ddrl_jax.data.picture_tfds import read_tfds
+from ddrl_jax.data.samples import sample_source
+from ddrl_jax.interfaces import Cond, DataSource, Pipeline
+from ddrl_jax.models.folder import fingerprint
+from ddrl_jax.models.stable_diffusion import encode_images, model_folder
+
+
+def make_source(config: Any, pipeline: Pipeline) -> DataSource | None:
+    """The captioned data of config.data, or None for source "none".
+
+    Args:
+      config: the whole configuration.
+      pipeline: whose latents the data become.
+
+    Raises:
+      UserError: data that are missing or can not be read.
+    """
+    data = config.data
+    if data.source == "none":
+        return None
+    if config.model.name == "stable_diffusion":
+        return _cached(config, pipeline, _pictures(config, pipeline))
+    if data.source == "samples":
+        return sample_source(data.path)
+    return emoji_source(
+        config.model.image_size, data.min_scale, data.max_scale, data.rotation
+    )
+
+
+def _pictures(config: Any, pipeline: Pipeline) -> Pictures:
+    """The pictures of a folder or a TFDS data set, in the size the model works on."""
+    data = config.data
+    resolution = jax.eval_shape(
+        pipeline.decode, jax.ShapeDtypeStruct((1, *pipeline.latent_shape), np.float32)
+    ).shape[1]
+    if data.source == "folder":
+        return read_folder(data.path, resolution, data.resample, data.on_bad)
+    names = {"samples": ("train", "image", "caption")}
+    split, image, caption = names.get(
+        data.source, (data.split, data.image_feature, data.caption_feature)
+    )
+    return read_tfds(
+        data.path, resolution, split, image, caption, data.tfds_dir, data.resample,
+        data.on_bad,
+    )  # fmt: skip
+
+
+def _cached(config: Any, pipeline: Pipeline, pictures: Pictures) -> DataSource:
+    """Their latents and embeddings, from a cache that is written once."""
+    data, model = config.data, config.model
+    folder = model_folder(model)
+    encode = encode_images(folder, model.variant, model.vae_dtype, model.vae_at_once)
+    posterior = jax.jit(lambda encode, pixels: encode(pixels))
+    weights = [folder / "vae", folder / "text_encoder"]
+    path = write_latents(
+        Path(data.cache).expanduser(),
+        pictures,
+        lambda pixels: posterior(encode, pixels),
+        pipeline.encode,
+        data.cache_batch,
+        {"weights": fingerprint(weights, model.variant), "model": model.init},
+        dtype=data.cache_dtype,
+        text_dtype=data.cache_text_dtype,
+    )
+    return _streamed(latent_source(path))
+
+
+def _streamed(cache: LatentSource) -> DataSource:
+    captions = cache.captions
+
+    def fetch(records: np.ndarray) -> dict[str, Any]:
+        return {
+            "latents": cache.fetch(records),
+            "cond": cache.encode([captions[int(r)] for r in records]),
+        }
+
+    def latents(fetched: Any, keys: jax.Array) -> Any:
+        return cache.latents(fetched["latents"], keys)
+
+    def cond(fetched: Any) -> Cond:
+        return fetched["cond"]
+
+    return DataSource(captions, latents, fetch, cond)
