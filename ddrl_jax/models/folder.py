@@ -3,6 +3,7 @@
 Weights are read from safetensors only: nothing here can run code from a checkpoint.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -309,7 +310,8 @@ def write_tensors(
         os.replace(part, path)
     # A full disk is an exception of the library's own.
     except Exception as e:
-        part.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            part.unlink()
         raise UserError(
             f"{path} can not be written",
             got=str(e),

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Array, Int
 
 from ddrl_jax.errors import UserError
 from ddrl_jax.interfaces import Cond, Params
@@ -34,7 +34,12 @@ def make_encode(
     """
     tokenize = make_tokenize(folder, config)
     network = ClipText(config)
-    apply = jax.jit(lambda params, ids: network.apply({"params": params}, ids).hidden)
+
+    def hidden_states(params: Params, ids: Array) -> Any:
+        out: Any = network.apply({"params": params}, ids)
+        return out.hidden
+
+    apply = jax.jit(hidden_states)
     params = jax.tree.map(jnp.asarray, params)
 
     def encode(prompts: Sequence[str]) -> Cond:
