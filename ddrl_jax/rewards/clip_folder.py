@@ -1,0 +1,201 @@
+"""A CLIP model as the judges use it: pictures and prompts in, unit vectors out.
+
+Everything comes from one folder or hub repository in the transformers layout; weights
+and processing files may lie in two, as with PickScore.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Shaped
+
+from ddrl_jax.errors import UserError
+from ddrl_jax.interfaces import Params
+from ddrl_jax.models.clip import Clip, ClipConfig
+from ddrl_jax.models.clip_tokenizer import Tokenize, clip_tokenize
+from ddrl_jax.models.convert import to_jax
+from ddrl_jax.models.folder import read_json, read_tensors, resolve
+from ddrl_jax.rewards.preprocess import Processor
+
+CLIP_L = "openai/clip-vit-large-patch14"  # of the aesthetic score and CLIPScore
+CLIP_H = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"  # what PickScore and HPSv2 start from
+CHUNK = 16  # pictures or prompts a call: one shape, so each compiles once
+# Products in full float32: a judge must not depend on the fast modes of a device.
+PRECISION = "highest"
+
+Features = Float[np.ndarray, "b d"]
+
+
+class ClipJudge(NamedTuple):
+    """A frozen CLIP on the default device.
+
+    Attributes:
+      pictures: uint8 [b h w 3], NumPy or on a device -> unit vectors [b d] float32.
+      prompts: b prompts -> unit vectors [b d] float32; None without the text tower.
+      scale: exp(logit_scale), 1 / temperature of its training.
+      width: d.
+    """
+
+    pictures: Callable[[Any], Features]
+    prompts: Callable[[Sequence[str]], Features] | None
+    scale: float
+    width: int
+
+
+class ClipFiles(NamedTuple):
+    """What the files of a CLIP folder say besides its weights."""
+
+    folder: Path
+    json: Mapping[str, Any]
+    config: ClipConfig
+    processor: Processor
+
+
+def read_clip_files(path_or_repo_id: str, revision: str = "main") -> ClipFiles:
+    """Reads config.json and the picture processing of a folder or hub repository.
+
+    Raises:
+      UserError: not there, not a CLIP, or a setting that can not be honoured.
+    """
+    folder = resolve(path_or_repo_id, revision)
+    found = read_json(folder / "config.json")
+    return ClipFiles(folder, found, ClipConfig.from_json(found), read_processor(folder))
+
+
+def read_processor(folder: Path) -> Processor:
+    """The picture processing of a folder: preprocessor_config.json, or the newer
+    processor_config.json, which holds it as one of its parts.
+
+    Raises:
+      UserError: neither is there, or it asks for something else than CLIP does.
+    """
+    older, newer = folder / "preprocessor_config.json", folder / "processor_config.json"
+    if older.is_file() or not newer.is_file():
+        return Processor.from_json(read_json(older), str(older))
+    part = read_json(newer).get("image_processor")
+    if not isinstance(part, Mapping):
+        raise UserError(
+            f"{newer} does not say how pictures are processed",
+            got="no image_processor",
+            wanted="the settings of CLIPImageProcessor",
+            way_out="download the model again, with its preprocessor_config.json",
+        )
+    return Processor.from_json(part, str(newer))
+
+
+def load_clip(
+    path_or_repo_id: str, processing: str = "", *, text: bool = True
+) -> ClipJudge:
+    """Loads a CLIP for judging.
+
+    Args:
+      path_or_repo_id: folder or hub repository with config.json and safetensors.
+      processing: folder or repository of tokenizer and picture processing; "" where
+        they lie beside the weights.
+      text: False leaves the text tower out of memory.
+
+    Raises:
+      UserError: files that are missing, damaged or do not fit each other.
+    """
+    folder = resolve(path_or_repo_id)
+    found = read_json(folder / "config.json")
+    config = ClipConfig.from_json(found)
+    sources = resolve(processing) if processing else folder
+    params = to_jax("clip", read_tensors(folder), found)
+    tokenize = clip_tokenize(sources, config.text) if text else None
+    return make_judge(config, params, read_processor(sources), tokenize)
+
+
+def make_judge(
+    config: ClipConfig,
+    params: Params,
+    processor: Processor,
+    tokenize: Tokenize | None,
+) -> ClipJudge:
+    """A ClipJudge of weights at hand; without `tokenize` the text tower is dropped.
+
+    Raises:
+      UserError: the processor makes pictures of another size than the tower takes.
+    """
+    side = config.vision.image_size
+    if processor.size != (side, side):
+        raise UserError(
+            "picture processing and weights of CLIP do not belong together",
+            got=f"pictures of {processor.size}",
+            wanted=f"{(side, side)}, the image_size of config.json",
+            way_out="name the folder of tokenizer and preprocessor_config.json that"
+            " belongs to the weights",
+        )
+    if tokenize is None:
+        text = ("text_model", "text_projection")
+        params = {k: v for k, v in params.items() if k not in text}
+    scale = float(np.exp(np.asarray(params["logit_scale"], np.float64)))
+    weights = jax.device_put(jax.tree.map(lambda x: np.asarray(x, np.float32), params))
+    network = Clip(config.text, config.vision, config.projection_dim)
+    see = _unit(network, "image_features", processor)
+    read = _unit(network, "text_features", lambda ids: ids)
+
+    def pictures(images: Any) -> Features:
+        return _in_chunks(partial(see, weights), _checked(images))
+
+    def prompts(texts: Sequence[str]) -> Features:
+        assert tokenize is not None
+        # the samples of a group share a prompt: each is read once
+        index = {text: i for i, text in enumerate(dict.fromkeys(texts))}
+        if not index:
+            return np.zeros((0, config.projection_dim), np.float32)
+        vectors = _in_chunks(partial(read, weights), tokenize(list(index)))
+        return vectors[[index[text] for text in texts]]
+
+    return ClipJudge(
+        pictures, prompts if tokenize else None, scale, config.projection_dim
+    )
+
+
+def _unit(
+    network: Clip, method: str, prepare: Callable[[Any], Array]
+) -> Callable[[Params, Array], Array]:
+    """A jitted (weights, inputs) -> e / |e|, in full float32."""
+
+    @jax.jit
+    def apply(weights: Params, inputs: Array) -> Array:
+        with jax.default_matmul_precision(PRECISION):
+            e = network.apply({"params": weights}, prepare(inputs), method=method)
+            return e / jnp.linalg.norm(e, axis=-1, keepdims=True)
+
+    return apply
+
+
+def _checked(images: Any) -> Shaped[np.ndarray, "b h w c"]:
+    """Pictures on the host, or a UserError."""
+    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3:
+        raise UserError(
+            "CLIP can not look at these pictures",
+            got=f"{images.dtype} {list(images.shape)}",
+            wanted="uint8 [b h w 3], 0 to 255",
+            way_out="round and convert the decoded pictures to uint8 first; floats in"
+            " [0, 1] would be scaled twice and look black",
+        )
+    return np.asarray(images)
+
+
+def _in_chunks(
+    function: Callable[[Any], Array], rows: Shaped[np.ndarray, "b ..."]
+) -> Features:
+    """Applies a jitted function to chunks of one shape; the padding is cut off."""
+    found = []
+    for start in range(0, max(len(rows), 1), CHUNK):  # once for an empty batch too
+        chunk = rows[start : start + CHUNK]
+        pad = [(0, CHUNK - len(chunk))] + [(0, 0)] * (rows.ndim - 1)
+        found.append(np.asarray(function(np.pad(chunk, pad)))[: len(chunk)])
+    return np.concatenate(found)
+
+
+def cosine(a: Features, b: Features) -> Float[np.ndarray, " b"]:
+    """cos of each row of unit vectors with the same row of the other, in [-1, 1]."""
+    return np.asarray(np.sum(a * b, axis=-1, dtype=np.float32))
