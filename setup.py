@@ -28,6 +28,9 @@ REQUIRES = [
     "tensorflow-datasets>=4.9.10",  # `data_source` only; TensorFlow is not needed
     "array_record>=0.8.3",
     "safetensors>=0.5",
+    "huggingface_hub>=1.0",
+    "transformers>=5.0",  # tokenizers; needs no torch
+    "diffusers>=0.36",
     "matplotlib>=3.9",
     "tensorboardX>=2.6.2",
     "tqdm>=4.66",
@@ -36,9 +39,9 @@ EXTRAS = {
     "gpu": ["jax[cuda13]>=0.10.2"],
     "gpu-cuda12": ["jax[cuda12]>=0.10.2"],
     "tpu": ["jax[tpu]>=0.10.2"],
-    "hub": ["transformers>=5.0", "diffusers>=0.36", "huggingface_hub>=1.0"],
     "alignment": ["bert-score>=0.3.13"],  # brings torch; only for vlm_alignment
     "rewards": ["rapidocr-onnxruntime>=1.4.4"],
+    "parity": ["torch>=2.6"],  # the tests that compare with PyTorch's networks
     "wandb": ["wandb>=0.18"],
     "test": [
         "pytest>=8.3",

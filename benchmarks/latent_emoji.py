@@ -39,10 +39,10 @@ from ddrl_jax.models.vae import AutoencoderKL, VaeConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 CAPTIONS, DRAWS, PIXELS, LENGTH, SEED = 32, 64, 32, 24, 0
-VAE_STEPS, VAE_BATCH, VAE_RATE, KL_WEIGHT = 1500, 32, 2e-3, 1e-4
+VAE_STEPS, VAE_BATCH, VAE_RATE, KL_WEIGHT = 1200, 16, 3e-3, 1e-4
 VAE = {
     "_class_name": "AutoencoderKL",
-    "block_out_channels": (24, 48),
+    "block_out_channels": (16, 32),
     "down_block_types": ("DownEncoderBlock2D",) * 2,
     "up_block_types": ("UpDecoderBlock2D",) * 2,
     "layers_per_block": 1,
@@ -53,7 +53,7 @@ VAE = {
 UNET = {
     "_class_name": "UNet2DConditionModel",
     "sample_size": PIXELS // 2,
-    "block_out_channels": (48, 96),
+    "block_out_channels": (32, 64),
     "layers_per_block": 1,
     "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
     "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
@@ -256,7 +256,7 @@ def main(arguments: Sequence[str]) -> None:
     if not (home / "base" / "model_index.json").exists():
         main_program(config, workdir)
         main_program(config, workdir, "--mode=export")
-        (home / "pretrain" / "export" / "000040").rename(home / "base")
+        (home / "pretrain" / "export" / "000030").rename(home / "base")
     if options.build_only:
         return
     for reward in REWARDS:

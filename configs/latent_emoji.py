@@ -53,7 +53,7 @@ def _pretrain(c: ConfigDict) -> None:
     c.data.source = "samples"
     c.data_term.update(weight=1.0, weighting="eps")
     c.prompts.update(per_epoch=3200, group_size=1)
-    c.train.update(epochs=40, minibatches=100, microbatch=32)
+    c.train.update(epochs=30, minibatches=100, microbatch=32)
     c.optimizer.update(lr=1e-3, b2=0.99, warmup=100, schedule="cosine", ema_decay=0.999)
     c.evaluate.update(every=10, data_samples=128)
 

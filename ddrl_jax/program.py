@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.sharding import Mesh
+from jax.tree_util import Partial
 
 from ddrl_jax.data.prompts import prompt_list, records_by_prompt, require_records
 from ddrl_jax.diffusion.kernels import make_kernel
@@ -99,7 +100,9 @@ def build(config) -> Program:
     tx = make_optimizer(config.optimizer, total_updates(config))
     # Before the weights: a prompt that can not be read is an error without a wait.
     cond_table = jax.device_put(pipeline.encode(prompts), replicated(mesh))
-    decode = partial(jax.jit(lambda decode, x0: decode(x0)), pipeline.decode)
+    # a plain function becomes a Partial without leaves
+    show = jax.jit(lambda decode, x0: decode(x0))
+    decode = partial(show, Partial(pipeline.decode))
     own = _own_captions(config, pipeline, source, mesh)
     base, shapes, shardings = _initial_params(config, pipeline, mesh)
     frozen, trainable = _split(config, base)

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from ddrl_jax.models.convolution import convolve
 from ddrl_jax.models.layers import Dense, weight
 
 
@@ -41,13 +42,7 @@ class Conv(nn.Module):
         if self.size == 1 and self.stride == 1:
             y = (x.reshape(-1, shape[2]) @ kernel[0, 0]).reshape(*x.shape[:3], -1)
         else:
-            y = jax.lax.conv_general_dilated(
-                x,
-                kernel,
-                (self.stride, self.stride),
-                [(self.size // 2, self.size // 2)] * 2,
-                dimension_numbers=("NHWC", "HWIO", "NHWC"),
-            )
+            y = convolve(x, kernel, self.stride)
         return y + bias.astype(self.dtype)
 
 

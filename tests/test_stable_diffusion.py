@@ -1,0 +1,163 @@
+"""Stable Diffusion in the whole program, on the tiny pipeline that diffusers wrote."""
+
+import json
+import shutil
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from edited_config import configured, refused
+from PIL import Image
+from tiny_runs import TINY, perturbed, perturbed_state
+
+from ddrl_jax.evaluate import make_sampler
+from ddrl_jax.program import build
+from ddrl_jax.self_test import ratio_deviations
+
+DIFFUSION = TINY | {
+    "model.name": "stable_diffusion",
+    "model.init": "assets",
+    "model.image_size": 0,
+    "sampler.kernel": "ddim",
+    "sampler.steps": 3,
+    "sampler.guidance_scale": 5.0,
+    "evaluate.solver": "ddim",
+    "rewards.jpeg_upscale": 1,
+    "train.minibatches": 1,
+}
+
+
+def make(**edits):
+    edits = {key.replace("__", "."): value for key, value in edits.items()}
+    program = build(configured(DIFFUSION | edits))
+    return program, perturbed_state(program)
+
+
+@pytest.mark.parametrize(
+    "dtype, rank",
+    [
+        pytest.param("float32", 0),
+        pytest.param("bfloat16", 2),
+        pytest.param("bfloat16", 0, marks=pytest.mark.slow),
+        pytest.param("float32", 2, marks=pytest.mark.slow),
+    ],
+)
+def test_the_ratio_is_exactly_one_with_guidance_5(dtype, rank):
+    """With and without gradients, all weights or a LoRA whose factors are not 0."""
+    program, state = make(model__dtype=dtype, lora__rank=rank)
+    for where, deviation in ratio_deviations(program, state).items():
+        assert deviation.shape == (3,)
+        np.testing.assert_array_equal(deviation, 0.0, err_msg=where)
+
+
+def test_samples_of_ddim_without_noise_depend_on_the_prompt():
+    program, state = make(evaluate__guidance_scale=5.0)
+    sample = make_sampler(program, program.config.evaluate, "ddim")
+    keys = jax.random.split(jax.random.key(0), 1)[[0, 0, 0, 0]]
+    cond = jax.tree.map(lambda t: t[np.asarray([0, 0, 1, 2])], program.cond_table)
+    images = np.asarray(sample(state.params, program.frozen, keys, cond))
+    assert images.shape == (4, 32, 32, 3) and images.dtype == np.uint8
+    np.testing.assert_array_equal(images[0], images[1])
+    assert (images[0] != images[2]).any() and (images[2] != images[3]).any()
+
+
+def write_pictures(folder: Path, count: int = 12) -> Path:
+    """Noise with captions, in the form of an ImageFolder."""
+    folder.mkdir()
+    random, rows = np.random.default_rng(0), []
+    for i in range(count):
+        pixels = random.integers(0, 255, (40, 52, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{i}.png")
+        rows.append({"file_name": f"{i}.png", "text": f"a photo of {i % 5}"})
+    (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return folder
+
+
+def test_a_data_term_on_a_folder_with_captions_of_its_own(tmp_path):
+    edits = {
+        "data.source": "folder",
+        "data.path": str(write_pictures(tmp_path / "pictures")),
+        "data.cache": str(tmp_path / "cache"),
+        "data.heldout": 4,
+        "data_term.weight": 1.0,
+        "data_term.weighting": "eps",
+        "data_term.captions": "own",
+        "policy.weight": 0.0,
+    }
+    program = build(configured(DIFFUSION | edits))
+    source = program.source
+    assert source is not None and source.fetch is not None and source.cond is not None
+    records = np.asarray([3, 3, 7, 11], np.int32)
+    fetched = source.fetch(records)
+    text = program.pipeline.encode([source.captions[i] for i in records])
+    np.testing.assert_array_equal(source.cond(fetched).emb, text.emb)
+    keys = jax.random.split(jax.random.key(1), 4)
+    latents = np.asarray(source.latents(fetched, keys))
+    assert latents.shape == (4, *program.pipeline.latent_shape)
+    assert (latents[0] != latents[1]).any()  # another draw of one posterior
+    # a second start finds the cache, even where the pictures are gone
+    caches = sorted(p.name for p in (tmp_path / "cache").iterdir())
+    again = build(configured(DIFFUSION | edits)).source
+    assert again is not None and again.fetch is not None
+    assert caches == sorted(p.name for p in (tmp_path / "cache").iterdir())
+    jax.tree.map(np.testing.assert_array_equal, again.fetch(records), fetched)
+
+
+def test_the_lora_export_needs_no_base_in_it(tmp_path):
+    """The written factors, put back by the rule of the format, are the trained ones."""
+    from safetensors.numpy import load_file
+
+    from ddrl_jax.models.export_diffusers import write_lora
+
+    config = configured(DIFFUSION | {"lora.rank": 2, "lora.alpha": 4.0})
+    program = build(config)
+    lora = jax.device_get(perturbed(program.new_state().params))
+    tensors = load_file(write_lora(tmp_path, lora, config.lora))
+    name = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
+    block = lora["down_blocks_0"]["attentions_0"]["transformer_blocks_0"]["attn1"]
+    np.testing.assert_array_equal(
+        tensors[f"{name}.lora_A.weight"], block["to_q"]["a"].T
+    )
+    np.testing.assert_array_equal(
+        tensors[f"{name}.lora_B.weight"], block["to_q"]["b"].T
+    )
+    leaves = jax.tree.leaves(lora)
+    assert sum(t.size for t in tensors.values()) == sum(leaf.size for leaf in leaves)
+
+
+@pytest.mark.parametrize(
+    "edits, word",
+    [
+        ({"evaluate.solver": "euler"}, "flow networks"),
+        ({"data.source": "emoji"}, "can not be trained on this data"),
+        ({"data.source": "folder"}, "data.path is no folder"),
+        ({"model.init": "random"}, "no random start"),
+        ({"sampler.kernel": "edm"}, "noise levels"),
+        ({"lora.alpha": 2.0}, "scales nothing"),
+        ({"prompts.source": "set", "prompts.set": "cats"}, "no prompt set"),
+        ({"prompts.source": "tfds"}, "prompts.path is empty"),
+    ],
+)
+def test_what_is_refused_before_a_weight_is_read(edits, word):
+    assert word in str(refused(DIFFUSION | edits))
+
+
+@pytest.mark.parametrize(
+    "path, value, word",
+    [
+        ("scheduler/scheduler_config.json", {"beta_end": 0.02}, "beta_end"),
+        ("unet/config.json", {"act_fn": "gelu"}, "act_fn"),
+        ("vae/config.json", {"latent_channels": 8}, "vae"),
+    ],
+)
+def test_a_model_that_can_not_be_honoured_names_the_key(tmp_path, path, value, word):
+    from ddrl_jax.errors import UserError
+    from ddrl_jax.models.stable_diffusion import TINY as FOLDER
+
+    folder = tmp_path / "model"
+    shutil.copytree(FOLDER, folder)
+    config = json.loads((folder / path).read_text())
+    (folder / path).write_text(json.dumps(config | value))
+    with pytest.raises(UserError, match=word):
+        build(configured(DIFFUSION | {"model.init": str(folder)}))
