@@ -27,6 +27,8 @@ def shrink(config: ConfigDict, variant: str) -> ConfigDict:
 def _shrink_diffusion(c: ConfigDict) -> ConfigDict:
     """The tiny random Stable Diffusion of ddrl_jax/assets, on pictures of 32 px."""
     c.model.update(init="assets", image_size=0, dtype="float32", remat="none")
+    c.rewards.update(clip="assets", aesthetic_head="assets")
+    c.rewards.vlm.scorer = "words"
     c.lora.rank = min(c.lora.rank, 2)
     _shrink_run(c)
     c.prompts.update(per_epoch=16, group_size=1)

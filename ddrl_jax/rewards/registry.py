@@ -2,18 +2,37 @@
 
 import difflib
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 from ddrl_jax.errors import UserError
 from ddrl_jax.interfaces import Reward
+from ddrl_jax.rewards.aesthetic import aesthetic
 from ddrl_jax.rewards.alignment import vlm_alignment, vlm_questions
+from ddrl_jax.rewards.clip_score import clip_score
 from ddrl_jax.rewards.compressibility import compressibility, incompressibility
+from ddrl_jax.rewards.preference import hpsv2, pickscore
 from ddrl_jax.rewards.retrieval import load_judge, retrieval, retrieval_log_prob
+
+# A random CLIP of a few thousand weights that transformers wrote, and a random head.
+TINY = Path(__file__).parent.parent / "assets" / "tiny_clip"
+
+
+def _place(name: str, file: str = "") -> str:
+    """A folder, file or repository; "assets" is the tiny one that ships for :smoke."""
+    return str(TINY / file) if name == "assets" else name
+
 
 # name -> (rewards section of the configuration, captions) -> Reward
 REWARDS: dict[str, Callable[[Any, Sequence[str]], Reward]] = {
     "compressibility": lambda config, _: compressibility(config.jpeg_upscale),
     "incompressibility": lambda config, _: incompressibility(config.jpeg_upscale),
+    "aesthetic": lambda config, _: aesthetic(
+        _place(config.aesthetic_head, "head.safetensors"), _place(config.clip)
+    ),
+    "clip_score": lambda config, _: clip_score(_place(config.clip)),
+    "pickscore": lambda config, _: pickscore(config.pickscore, config.clip_h),
+    "hpsv2": lambda config, _: hpsv2(config.hpsv2, config.clip_h),
     "vlm_alignment": lambda config, _: vlm_alignment(config),
     "vlm_questions": vlm_questions,
     "retrieval": lambda _, captions: retrieval(load_judge(), captions),
