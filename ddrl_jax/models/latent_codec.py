@@ -47,11 +47,11 @@ def make_encode_images(
     """
     network = AutoencoderKL(config, dtype)
 
-    def encode(params: Params, pixels: UInt8[Array, "b h w 3"]) -> Posterior:
+    def encode(params: Params, pixels: Any) -> Posterior:
         def apply(x: Array) -> Any:
             return network.apply({"params": params}, x, method="encode")
 
-        mean, logvar = decode_sliced(apply, to_unit(pixels), at_once)
+        mean, logvar = decode_sliced(apply, to_unit(jnp.asarray(pixels)), at_once)
         shift = 2.0 * jnp.log(abs(config.scaling_factor))
         return Posterior(config.scale(mean), logvar + shift)
 

@@ -18,21 +18,22 @@ CHUNK = 16  # prompts encoded at once; one compiled shape for any number of them
 SHOWN = 60  # characters of a prompt in a message
 
 
+Tokenize = Callable[[Sequence[str]], Int[np.ndarray, "b l"]]
+
+
 def make_encode(
-    folder: Path, config: ClipTextConfig, params: Params
+    tokenize: Tokenize, config: ClipTextConfig, params: Params
 ) -> Callable[[Sequence[str]], Cond]:
-    """The encoder of a model folder.
+    """The encoder of prompts.
 
     Args:
-      folder: of the model, with tokenizer/.
+      tokenize: as `make_tokenize` gives it.
       config: of the text encoder.
       params: of the text encoder.
 
     Returns:
-      prompts -> Cond with emb [b l d] float32, l the tokenizer's limit. A prompt longer
-      than that is cut, as everywhere with Stable Diffusion, and reported once.
+      prompts -> Cond with emb [b l d] float32, l the tokenizer's limit.
     """
-    tokenize = make_tokenize(folder, config)
     network = ClipText(config)
 
     def hidden_states(params: Params, ids: Array) -> Any:
@@ -52,10 +53,15 @@ def make_encode(
     return encode
 
 
-def make_tokenize(
-    folder: Path, config: ClipTextConfig
-) -> Callable[[Sequence[str]], Int[np.ndarray, "b l"]]:
+def make_tokenize(folder: Path, config: ClipTextConfig) -> Tokenize:
     """prompts -> token ids [b l], padded to the tokenizer's limit.
+
+    A prompt longer than that is cut, as everywhere with Stable Diffusion, and reported
+    once.
+
+    Args:
+      folder: of the model, with tokenizer/.
+      config: of the text encoder.
 
     Raises:
       UserError: the tokenizer is missing, damaged or of another model.

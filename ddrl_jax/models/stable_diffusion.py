@@ -15,7 +15,7 @@ from ddrl_jax.interfaces import Params, Pipeline
 from ddrl_jax.models.convert import to_jax
 from ddrl_jax.models.folder import fingerprint, read_tensors, resolve
 from ddrl_jax.models.latent_codec import make_decode, make_encode_images
-from ddrl_jax.models.prompt_encoder import make_encode
+from ddrl_jax.models.prompt_encoder import make_encode, make_tokenize
 from ddrl_jax.models.sd_folder import Source, read_source
 from ddrl_jax.models.unet import UNet2DConditionModel
 
@@ -106,7 +106,9 @@ def assemble(
         trees = {"params": params} | ({} if lora is None else {"lora": lora})
         return network.apply(trees, z, time, cond.emb)
 
-    encode = make_encode(source.folder, source.text, load_params(source, "clip_text"))
+    # Before the weights: what is wrong with it is an error without a wait.
+    tokenize = make_tokenize(source.folder, source.text)
+    encode = make_encode(tokenize, source.text, load_params(source, "clip_text"))
     vae = load_params(source, "vae")
     shapes = jax.eval_shape(boxed_init, jax.random.key(0))
     return Pipeline(
