@@ -64,7 +64,7 @@ def main() -> None:
             f"| {guidance:g} | {100 * hit:.1f} % | {size:.2f} | {seconds:.0f} |"
         )
         print(rows[-1], flush=True)
-        sheet = grid(images[:128], 16, 2)
+        sheet = grid(images[:128], 16, 3, text[:128])
         save_png(out / f"base_policy_guidance_{guidance:g}.png", sheet)
     write_table(out / "base_policy.md", options, program, rows)
 

@@ -32,7 +32,7 @@ def get_config() -> ConfigDict:
     c.model.dtype = (
         "float32"  # of the network; states, log-probs and losses are float32
     )
-    c.model.attention = "xla"  # attention implementation
+    c.model.attention = "xla"  # "xla" | "chunked" (memory of 1,024 queries at a time)
     c.model.remat = "none"  # "none" | "full": recompute block activations
 
     c.lora = ConfigDict()

@@ -38,7 +38,7 @@ class Conv(nn.Module):
         bias = weight(
             self, "bias", nn.initializers.zeros, (self.features,), self.axes[1:]
         )
-        x, kernel = x.astype(self.dtype), kernel.astype(self.dtype)
+        x, kernel = jnp.asarray(x, self.dtype), jnp.asarray(kernel, self.dtype)
         if self.size == 1 and self.stride == 1:
             y = (x.reshape(-1, shape[2]) @ kernel[0, 0]).reshape(*x.shape[:3], -1)
         else:
