@@ -1,0 +1,141 @@
+"""The four DDPO tasks as a user runs them, on tiny models that diffusers and
+transformers wrote: load, rollout, decode, judge, update, save, evaluate, export, and
+diffusers reads what was written.
+"""
+
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import vlm_server
+
+from ddrl_jax.check_config import check_config
+from ddrl_jax.command_line import load_config, override
+from ddrl_jax.export import export_mode
+from ddrl_jax.models.convert import to_jax
+from ddrl_jax.models.folder import read_json, read_tensors
+from ddrl_jax.models.unet import UNet2DConditionModel
+from ddrl_jax.models.unet_config import UNetConfig
+from ddrl_jax.train import train
+
+ROOT = Path(__file__).resolve().parents[1]
+SHORT = ("sampler.steps=2", "evaluate.samples=4", "mesh.data=1", "log.progress=False")
+
+
+def run(spec: str, workdir: Path, *keys: str) -> list[dict]:
+    """Trains a configuration, exports it; returns its metrics."""
+    config = load_config(str(ROOT / "configs" / spec))
+    override(config, ["", *(f"--config.{key}" for key in (*SHORT, *keys))])
+    check_config(config, 1)
+    train(config, str(workdir))
+    export_mode(config, str(workdir))
+    lines = (workdir / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def check_rows(rows: list[dict], reward: str) -> None:
+    assert [row["step"] for row in rows] == [0, 1, 2]
+    for row in rows[1:]:
+        assert row["policy/ratio_max_deviation"] == 0
+        assert np.isfinite([row["policy/loss"], row["grad_norm"]]).all()
+        assert row[f"reward/{reward}/std"] > 0
+    assert np.isfinite([row[f"evaluation/{reward}/mean"] for row in rows]).all()
+
+
+def ours(folder: Path, x, time, emb):
+    """The UNet of a written folder in this package."""
+    config = UNetConfig.from_json(read_json(folder / "unet" / "config.json"))
+    params = to_jax("unet", read_tensors(folder / "unet"), config)
+    return UNet2DConditionModel(config).apply({"params": params}, x, time, emb)
+
+
+def check_diffusers_reads(folder: Path) -> None:
+    """The exported pipeline in PyTorch gives the prediction of ours."""
+    torch = pytest.importorskip("torch")
+    import diffusers
+
+    pipe = diffusers.StableDiffusionPipeline.from_pretrained(folder)
+    keys = jax.random.split(jax.random.key(0))
+    x = jax.random.normal(keys[0], (2, 4, 4, 4))
+    emb = jax.random.normal(keys[1], (2, 16, pipe.unet.config.cross_attention_dim))
+    time = np.asarray([981.0, 21.0], np.float32)
+    with torch.no_grad():
+        theirs = pipe.unet(
+            torch.from_numpy(np.asarray(x.transpose(0, 3, 1, 2))),
+            torch.from_numpy(time),
+            torch.from_numpy(np.asarray(emb)),
+        ).sample.numpy()
+    found = np.asarray(ours(folder, x, jnp.asarray(time), emb))
+    error = np.abs(found - theirs.transpose(0, 2, 3, 1)).max() / np.abs(theirs).max()
+    assert error < 1e-5
+
+
+def test_aesthetic_with_a_lora_that_is_merged(tmp_path):
+    rows = run("aesthetic.py:smoke", tmp_path / "run", "export.merge_lora=True")
+    check_rows(rows, "aesthetic")
+    folder = tmp_path / "run" / "export" / "000002"
+    start = read_tensors(ROOT / "ddrl_jax" / "assets" / "tiny_sd" / "unet")
+    moved = {
+        k for k, v in read_tensors(folder / "unet").items() if (v != start[k]).any()
+    }
+    assert moved and all(".attn" in name for name in moved)
+    check_diffusers_reads(folder)
+
+
+@pytest.mark.slow
+def test_compressibility_with_all_weights(tmp_path):
+    rows = run("compressibility.py:paper-smoke", tmp_path / "run")
+    check_rows(rows, "compressibility")
+    check_diffusers_reads(tmp_path / "run" / "export" / "000002")
+
+
+@pytest.mark.slow
+def test_incompressibility_writes_a_lora_file(tmp_path):
+    rows = run("incompressibility.py:smoke", tmp_path / "run")
+    check_rows(rows, "incompressibility")
+    (file,) = (tmp_path / "run" / "export" / "000002").iterdir()
+    assert file.name == "pytorch_lora_weights.safetensors"
+
+
+@pytest.mark.slow
+def test_prompt_alignment_asks_a_server(tmp_path):
+    random = np.random.default_rng(0)
+
+    def reply(body, nth):
+        words = ["a cat", "a dog washing", "washing the dishes", "nothing"]
+        return vlm_server.said(words[int(random.integers(4))])
+
+    with vlm_server.serving(reply) as (url, seen):
+        keys = (f"rewards.vlm.base_url={url}", "rewards.vlm.model=judge")
+        rows = run("prompt_alignment.py:smoke", tmp_path / "run", *keys)
+    check_rows(rows, "vlm_alignment")
+    assert len(seen.bodies) >= 2 * 16 + 3 * 4
+
+
+@pytest.mark.slow
+def test_dpok_has_its_kl(tmp_path):
+    rows = run("compressibility.py:dpok-smoke", tmp_path / "run")
+    check_rows(rows, "compressibility")
+    assert rows[1]["policy/kl"] >= 0 and rows[2]["policy/kl"] > 0
+
+
+@pytest.mark.parametrize("task", ["aesthetic", "compressibility", "prompt_alignment"])
+@pytest.mark.parametrize(
+    "variant",
+    ["", "lora", "paper", "sf", "rwr", "sparse_rwr", "dpok", "ddrl", "smoke"],
+)
+def test_every_variant_passes_the_check_at_full_size(task, variant, tmp_path):
+    config = load_config(str(ROOT / "configs" / f"{task}.py:{variant}"))
+    if variant == "ddrl":
+        config.data.path = str(tmp_path)
+    check_config(config, 1)
+
+
+def test_an_unknown_variant_lists_those_there_are():
+    from ddrl_jax.errors import UserError
+
+    with pytest.raises((UserError, ValueError), match="sparse_rwr"):
+        load_config(str(ROOT / "configs" / "aesthetic.py:ppo"))
