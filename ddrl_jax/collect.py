@@ -16,6 +16,7 @@ from ddrl_jax.objectives.advantages import PerPromptTracker
 from ddrl_jax.preemption import Preemption
 from ddrl_jax.program import Program
 from ddrl_jax.rewards.pool import RewardPool
+from ddrl_jax.rewards.registry import counters
 from ddrl_jax.sharding import place_batch
 from ddrl_jax.terms import WEIGHTED
 
@@ -65,6 +66,7 @@ def collect(
         scores.values, scores.valid, prompts.group, prompts.index, tracker
     )
     metrics = _reward_metrics(dict(config.rewards.weights), scores)
+    metrics |= counters(pool.rewards)
     chunks = [
         chunk._replace(advantages=part)
         for chunk, part in zip(

@@ -77,11 +77,15 @@ class Evaluation:
         """Every judge's mean and the diversity of the pictures."""
         config, values = self.program.config, {}
         r = config.rewards
-        with RewardPool(self.judges, r.threads, r.timeout, "error") as pool:
-            found = pool.collect([pool.submit(images, self.text)]).values
-        for name, scores in found.items():
+        with RewardPool(self.judges, r.threads, r.timeout, r.on_failure) as pool:
+            found = pool.collect([pool.submit(images, self.text)])
+        if not found.valid.all():  # only with on_failure "mask"
+            values["evaluation/valid"] = float(np.mean(found.valid))
+        for name, scores in found.values.items():
             place = "evaluation" if name in config.rewards.weights else "heldout"
-            values[f"{place}/{name}/mean"] = float(np.mean(scores))
+            if found.valid.any():  # what was not judged has no mean
+                mean = float(np.mean(scores[found.valid]))
+                values[f"{place}/{name}/mean"] = mean
         if self.features is not None:
             found = diversity(np.asarray(self.features(images)), self.index)
             values |= {f"diversity/{k}": float(v) for k, v in found.items()}

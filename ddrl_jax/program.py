@@ -106,10 +106,6 @@ def build(config) -> Program:
     own = _own_captions(config, pipeline, source, mesh)
     base, shapes, shardings = _initial_params(config, pipeline, mesh)
     frozen, trainable = _split(config, base)
-    reference = None
-    if config.policy.kl_weight:
-        copy = None if config.lora.rank else jax.tree.map(jnp.copy, trainable)
-        reference = (copy, frozen)
     states = _state_shardings(shapes, shardings, tx, mesh)
     start = jax.jit(lambda p: init_state(p, tx), out_shardings=states)
     return Program(
@@ -124,7 +120,7 @@ def build(config) -> Program:
         captions=own,
         objective=objective,
         frozen=frozen,
-        reference=reference,
+        reference=_reference(config, frozen, trainable),
         new_state=lambda: start(trainable),
         abstract_state=lambda: _abstract(shapes, states, tx),
         prepare=_make_prepare(
@@ -145,6 +141,14 @@ def build(config) -> Program:
             out_shardings=states,
         ),
     )
+
+
+def _reference(config, frozen: Params, trainable: Params):
+    """The starting policy, where a KL is taken to it; of a LoRA it is the base."""
+    if not config.policy.kl_weight:
+        return None
+    copy = None if config.lora.rank else jax.tree.map(jnp.copy, trainable)
+    return (copy, frozen)
 
 
 def total_updates(config) -> int:

@@ -65,7 +65,7 @@ class Judged(RewardPool):
     """A pool whose scores are already known."""
 
     def __init__(self, scores):
-        self.scores = scores
+        self.scores, self.rewards = scores, {}
 
     def submit(self, images, prompts):
         return len(prompts)

@@ -11,6 +11,7 @@ from ddrl_jax import evaluate
 from ddrl_jax.data.prompts import draw_prompts
 from ddrl_jax.diffusion.gaussian import Gaussian
 from ddrl_jax.draws import draw_chunks
+from ddrl_jax.errors import UserError
 from ddrl_jax.metrics import Metrics
 from ddrl_jax.rollout import transition
 
@@ -182,6 +183,27 @@ def test_held_out_judges_have_a_name_of_their_own(run):
         -values["evaluation/compressibility/mean"]
     )
     assert values["heldout/incompressibility/mean"] > 0
+
+
+def test_what_a_judge_can_not_score_is_left_out_where_masking_is_configured(run):
+    config = run[0].config.copy_and_resolve_references()
+    found = evaluate.Evaluation(run[0]._replace(config=config))
+
+    def half(images, prompts):
+        scores = np.arange(len(prompts), dtype=np.float32)
+        return np.where(scores % 2, scores, np.nan).astype(np.float32)
+
+    found.judges = {"compressibility": half}
+    images = np.zeros((6, 16, 16, 3), np.uint8)
+    with pytest.raises(UserError, match="compressibility"):
+        found.judged(images)
+    config.rewards.on_failure = "mask"
+    values = found.judged(images)
+    assert values["evaluation/compressibility/mean"] == 3.0  # of 1, 3 and 5
+    assert values["evaluation/valid"] == 0.5
+    nothing = np.full(6, np.nan, np.float32)
+    found.judges = {"compressibility": lambda images, prompts: nothing[: len(images)]}
+    assert "evaluation/compressibility/mean" not in found.judged(images)
 
 
 def test_without_data_or_pictures_nothing_is_said_of_them(metrics, tmp_path):

@@ -135,14 +135,14 @@ class RewardPool:
                 way_out="change --config.rewards.threads, .timeout or .on_failure",
             )
         self.failures: Counter[str] = Counter()
-        self._rewards, self._threads = dict(rewards), threads
+        self.rewards, self._threads = dict(rewards), threads
         self._timeout, self._on_failure = timeout, on_failure
         self._queue: queue.Queue[_Call | None] = queue.Queue(QUEUE_PER_THREAD * threads)
         self._lock = threading.Lock()
         self._running: dict[_Call, threading.Thread] = {}
         self._workers: set[threading.Thread] = set()
         self._closed = False
-        for _ in range(threads if self._rewards else 0):
+        for _ in range(threads if self.rewards else 0):
             self._start_worker()
 
     def __enter__(self) -> "RewardPool":
@@ -164,7 +164,7 @@ class RewardPool:
         if images.shape[0] != count:
             raise ValueError(f"{images.shape[0]} pictures for {count} prompts")
         pictures, calls = _Pictures(images), []
-        for name, reward in self._rewards.items():
+        for name, reward in self.rewards.items():
             parts = self._threads if getattr(reward, "splittable", False) else 1
             for rows in _cut(count, parts):
                 calls.append(_Call(name, reward, pictures, tuple(prompts), rows))
@@ -180,7 +180,7 @@ class RewardPool:
             returned something else than one finite number a picture.
         """
         total = sum(handle.count for handle in handles)
-        values = {n: np.full(total, np.nan, np.float32) for n in self._rewards}
+        values = {n: np.full(total, np.nan, np.float32) for n in self.rewards}
         valid, offset = np.ones(total, bool), 0
         for handle in handles:
             for call in handle.calls:

@@ -92,7 +92,7 @@ def check_rewards(rewards: dict[str, Reward]) -> None:
 
 
 def counters(rewards: dict[str, Reward]) -> dict[str, float]:
-    """What rewards counted since the last call, as reward/NAME/COUNTER."""
+    """What rewards have counted so far, as reward/NAME/COUNTER."""
     found = {}
     for name, reward in rewards.items():
         counts = getattr(reward, "counters", dict)()
