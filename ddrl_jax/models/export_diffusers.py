@@ -17,10 +17,10 @@ from ddrl_jax.models.folder import (
     exists,
     index_of,
     read_json,
+    tensor_shapes,
     weight_files,
     write_tensors,
 )
-from ddrl_jax.models.unet_config import UNetConfig
 
 DTYPES: Mapping[str, Any] = {
     "float32": np.float32,
@@ -61,8 +61,8 @@ def write_pipeline(
     source_folder, target = Path(source_folder), Path(target)
     if target.exists():
         raise exists(target)
-    config = UNetConfig.from_json(read_json(source_folder / "unet" / "config.json"))
-    tensors = to_torch_names("unet", unet_params, config)
+    tensors = to_torch_names("unet", unet_params)
+    _check_same_network(tensors, tensor_shapes(source_folder / "unet", variant))
     tensors = {name: _cast(name, t, dtype) for name, t in tensors.items()}
     files = weight_files(source_folder / "unet", variant)
     part = target.with_name(target.name + ".part")
@@ -169,6 +169,22 @@ def _cast(name: str, tensor: np.ndarray, dtype: str) -> np.ndarray:
             way_out="export an earlier checkpoint, or choose float32",
         )
     return cast
+
+
+def _check_same_network(
+    tensors: Mapping[str, np.ndarray], wanted: Mapping[str, tuple[int, ...]]
+) -> None:
+    got = {name: tensor.shape for name, tensor in tensors.items()}
+    names = got.keys() | wanted.keys()
+    if differ := sorted(n for n in names if got.get(n) != wanted.get(n)):
+        shown = ", ".join(f"{n} {got.get(n, 'missing')}" for n in differ[:10])
+        raise UserError(
+            f"the trained weights are not those of the source's UNet ({len(differ)} "
+            "tensors differ)",
+            got=shown,
+            wanted=", ".join(f"{n} {wanted.get(n, 'absent')}" for n in differ[:10]),
+            way_out="export over the model that config.model.init named",
+        )
 
 
 def _copy_all_but_unet_weights(source: Path, target: Path) -> None:

@@ -8,7 +8,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -225,7 +225,7 @@ def read_tensors(folder: Path, variant: str | None = None) -> dict[str, np.ndarr
     """
     tensors: dict[str, np.ndarray] = {}
     for file in weight_files(folder, variant):
-        tensors.update(_read_file(file))
+        tensors.update(_read_file(file, lambda c, name: _widen(c.get_tensor(name))))
     if index := index_of(Path(folder), variant):
         lost = sorted(read_json(index)["weight_map"].keys() - tensors.keys())
         if lost:
@@ -257,13 +257,25 @@ def fingerprint(folders: Sequence[Path], variant: str | None = None) -> str:
     return digest.hexdigest()[:16]
 
 
-def _read_file(file: Path) -> Iterator[tuple[str, np.ndarray]]:
+def tensor_shapes(
+    folder: Path, variant: str | None = None
+) -> dict[str, tuple[int, ...]]:
+    """The shape of each tensor of a component, from the headers of its files.
+
+    Arguments and errors as `read_tensors`.
+    """
+    files = weight_files(folder, variant)
+    read = lambda content, name: tuple(content.get_slice(name).get_shape())  # noqa: E731
+    return {name: shape for file in files for name, shape in _read_file(file, read)}
+
+
+def _read_file(file: Path, read: Callable[[Any, str], Any]) -> Iterator[tuple]:
     from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(file, framework="numpy") as content:
             for name in content.keys():  # noqa: SIM118 (no mapping)
-                yield name, _widen(content.get_tensor(name))
+                yield name, read(content, name)
     except (SafetensorError, OSError, ValueError, TypeError) as e:
         raise _damaged(file, str(e)) from e
 

@@ -12,9 +12,10 @@ from jaxtyping import Array
 
 from ddrl_jax.errors import UserError
 from ddrl_jax.interfaces import Params, Pipeline
-from ddrl_jax.models.convert import to_jax
+from ddrl_jax.models.convert import check_leaves, to_jax
 from ddrl_jax.models.folder import fingerprint, read_tensors, resolve
 from ddrl_jax.models.latent_codec import make_decode, make_encode_images
+from ddrl_jax.models.networks import network_shapes
 from ddrl_jax.models.prompt_encoder import make_encode, make_tokenize
 from ddrl_jax.models.sd_folder import Source, read_source
 from ddrl_jax.models.unet import UNet2DConditionModel
@@ -122,7 +123,7 @@ def assemble(
         ),
         latent_shape=shape,
         prediction=source.prediction,
-        load=lambda: load_params(source, "unet"),
+        load=lambda: load_params(source, "unet", nn.meta.unbox(shapes)["params"]),
         fingerprint=fingerprint(
             [source.folder / name for name in COMPONENTS.values()], source.variant
         ),
@@ -130,19 +131,23 @@ def assemble(
     )
 
 
-def load_params(source: Source, name: str) -> Params:
+def load_params(source: Source, name: str, shapes: Params | None = None) -> Params:
     """The weights of a component as our parameter tree, float32, on the host.
 
     Args:
       source: the folder.
       name: "unet", "vae" or "clip_text".
+      shapes: the abstract tree of the network, where it is known already.
 
     Raises:
       UserError: files that can not be read, or tensors that do not fit the network.
     """
     config = {"unet": source.unet, "vae": source.vae, "clip_text": source.text}[name]
     tensors = read_tensors(source.folder / COMPONENTS[name], source.variant)
-    return to_jax(name, tensors, config)
+    params = to_jax(name, tensors)
+    shapes = network_shapes(name, config) if shapes is None else shapes
+    check_leaves(name, params, shapes)
+    return params
 
 
 def encode_images(
