@@ -54,7 +54,7 @@ def test_the_ratio_is_exactly_one_with_guidance_5(dtype, rank):
 def test_samples_of_ddim_without_noise_depend_on_the_prompt():
     program, state = make(evaluate__guidance_scale=5.0)
     sample = make_sampler(program, program.config.evaluate, "ddim")
-    keys = jax.random.split(jax.random.key(0), 1)[[0, 0, 0, 0]]
+    keys = jax.random.split(jax.random.key(0), 1)[np.zeros(4, int)]
     cond = jax.tree.map(lambda t: t[np.asarray([0, 0, 1, 2])], program.cond_table)
     images = np.asarray(sample(state.params, program.frozen, keys, cond))
     assert images.shape == (4, 32, 32, 3) and images.dtype == np.uint8
@@ -93,7 +93,8 @@ def test_a_data_term_on_a_folder_with_captions_of_its_own(tmp_path):
     text = program.pipeline.encode([source.captions[i] for i in records])
     np.testing.assert_array_equal(source.cond(fetched).emb, text.emb)
     keys = jax.random.split(jax.random.key(1), 4)
-    latents = np.asarray(source.latents(fetched, keys))
+    placed = jax.tree.map(jax.numpy.asarray, fetched)  # as the loop does
+    latents = np.asarray(source.latents(placed, keys))
     assert latents.shape == (4, *program.pipeline.latent_shape)
     assert (latents[0] != latents[1]).any()  # another draw of one posterior
     # a second start finds the cache, even where the pictures are gone
@@ -102,6 +103,26 @@ def test_a_data_term_on_a_folder_with_captions_of_its_own(tmp_path):
     assert again is not None and again.fetch is not None
     assert caches == sorted(p.name for p in (tmp_path / "cache").iterdir())
     jax.tree.map(np.testing.assert_array_equal, again.fetch(records), fetched)
+
+
+@pytest.mark.slow
+def test_samples_of_the_base_model_are_data_under_their_prompts(tmp_path):
+    from ddrl_jax.sample import sample_mode
+
+    short = {"sample.per_prompt": 2, "sample.steps": 2, "sample.guidance_scale": 1.0}
+    sample_mode(configured(DIFFUSION | short), str(tmp_path / "run"))
+    edits = {
+        "data.source": "samples",
+        "data.path": str(tmp_path / "run" / "dataset"),
+        "data.cache": str(tmp_path / "cache"),
+        "data_term.weight": 0.5,
+        "data_term.weighting": "eps",
+    }
+    program = build(configured(DIFFUSION | edits))
+    assert program.source is not None
+    words = tuple(DIFFUSION["prompts.list"])
+    assert program.source.captions == tuple(np.repeat(words, 2))
+    assert [list(r) for r in program.records_of] == [[0, 1], [2, 3], [4, 5], [6, 7]]
 
 
 def test_the_lora_export_needs_no_base_in_it(tmp_path):
@@ -148,7 +169,7 @@ def test_what_is_refused_before_a_weight_is_read(edits, word):
     [
         ("scheduler/scheduler_config.json", {"beta_end": 0.02}, "beta_end"),
         ("unet/config.json", {"act_fn": "gelu"}, "act_fn"),
-        ("vae/config.json", {"latent_channels": 8}, "vae"),
+        ("vae/config.json", {"latent_channels": 8}, "do not fit each other"),
     ],
 )
 def test_a_model_that_can_not_be_honoured_names_the_key(tmp_path, path, value, word):
