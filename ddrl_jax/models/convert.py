@@ -169,7 +169,8 @@ def invert_table(rows: Table, name: str, params: Params) -> dict[str, np.ndarray
         for torch_name, part in names:
             kernel = path[-1] == "kernel"
             array = _kernel_to_torch(part) if kernel else np.asarray(part)
-            tensors[torch_name] = np.ascontiguousarray(array)
+            # not ascontiguousarray, which gives a scalar an axis
+            tensors[torch_name] = np.asarray(array, order="C")
     if unknown:
         raise _left_over(name, unknown, "leaves that the file format has no name for")
     return tensors

@@ -314,7 +314,7 @@ def write_tensors(
     if path.exists():
         raise exists(path)
     # The format stores memory as it lies: a transposed view would be written wrong.
-    whole = {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}
+    whole = {name: np.asarray(t, order="C") for name, t in tensors.items()}
     part = path.with_name(path.name + ".part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
