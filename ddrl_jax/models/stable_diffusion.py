@@ -92,21 +92,7 @@ def assemble(
     """
     shape = latent_shape(source, image_size)
     network = UNet2DConditionModel(source.unet, dtype, remat, rank, alpha, impl)
-    example = (
-        jnp.zeros((1, *shape)),
-        jnp.zeros(1),
-        jnp.zeros((1, 1, source.unet.cross_attention_dim)),
-    )
-
-    def boxed_init(key: Array) -> Params:
-        params_key, lora_key = jax.random.split(key)
-        trees = network.init({"params": params_key, "lora": lora_key}, *example)
-        return {"params": trees["params"], "lora": trees.get("lora")}
-
-    def denoise(params, lora, z, time, cond) -> Any:
-        trees = {"params": params} | ({} if lora is None else {"lora": lora})
-        return network.apply(trees, z, time, cond.emb)
-
+    boxed_init, denoise = _denoiser(network, shape)
     # Before the weights: what is wrong with it is an error without a wait.
     tokenize = make_tokenize(source.folder, source.text)
     encode = make_encode(tokenize, source.text, load_params(source, "clip_text"))
@@ -129,6 +115,25 @@ def assemble(
         ),
         encode_images=make_encode_images(source.vae, vae, vae_dtype, vae_at_once),
     )
+
+
+def _denoiser(
+    network: UNet2DConditionModel, shape: tuple[int, int, int]
+) -> tuple[Callable[[Array], Params], Callable[..., Any]]:
+    """(key -> trees with their axes, the denoise of a Pipeline)."""
+    emb = jnp.zeros((1, 1, network.config.cross_attention_dim))
+    example = (jnp.zeros((1, *shape)), jnp.zeros(1), emb)
+
+    def boxed_init(key: Array) -> Params:
+        params_key, lora_key = jax.random.split(key)
+        trees = network.init({"params": params_key, "lora": lora_key}, *example)
+        return {"params": trees["params"], "lora": trees.get("lora")}
+
+    def denoise(params, lora, z, time, cond) -> Any:
+        trees = {"params": params} | ({} if lora is None else {"lora": lora})
+        return network.apply(trees, z, time, cond.emb)
+
+    return boxed_init, denoise
 
 
 def load_params(source: Source, name: str, shapes: Params | None = None) -> Params:
