@@ -10,7 +10,8 @@ emoji, control takes that loss alone for as many updates and asks for no reward.
 trained steps, prompts, noise, optimizer and evaluation are the same for all, and with
 the same seed the control sees the emoji of the ddrl arms in the same order.
 
-Numbers and hours are in benchmarks/results/reward_hacking.md once it has been run.
+Numbers and hours are in benchmarks/results/reward_hacking.md. The data weights were
+chosen after trials with seed 0: at 0.03 and above the size hardly falls.
 "ARM-smoke" is an arm in seconds. Without a variant the arm is ddrl_low.
 """
 

@@ -84,8 +84,7 @@ def _head(runs: Runs, facts: Mapping[str, str]) -> Iterator[str]:
     yield f"- hours of all epochs together, evaluation and start-up aside: {hours:.2f}"
     yield (
         f"- evaluation: {config.get('evaluate.samples')} samples of "
-        f"{config.get('prompts.limit')} prompts, {config.get('evaluate.steps')} ODE "
-        f"steps, guidance {config.get('evaluate.guidance_scale')}, averaged weights. "
+        f"{config.get('prompts.limit')} prompts, {_sampler(config)}, averaged weights. "
         "Prompts and noise are those of the seed: equal for all arms, other ones for "
         "another seed, so the spread over seeds holds the choice of prompts too"
     )
@@ -97,6 +96,18 @@ def _head(runs: Runs, facts: Mapping[str, str]) -> Iterator[str]:
         if run.epochs_left:
             left = f"{run.epochs_left} epochs are left"
             yield f"- **not finished**: {run.arm}, seed {run.seed}: {left}"
+
+
+def _sampler(config: Mapping[str, object]) -> str:
+    """How the evaluated pictures were drawn."""
+    if config.get("evaluate.solver") == "rollout":
+        return (
+            f"the sampler of training ({config.get('sampler.kernel')}, "
+            f"{config.get('sampler.steps')} steps, guidance "
+            f"{config.get('sampler.guidance_scale')})"
+        )
+    scale = config.get("evaluate.guidance_scale")
+    return f"{config.get('evaluate.steps')} ODE steps, guidance {scale}"
 
 
 def _bars(runs: Runs, summaries: Mapping[str, Summary]) -> Iterator[str]:
