@@ -46,7 +46,7 @@ def task(name: str, variant: str, updates: int) -> ConfigDict:
         names = ", ".join((*VARIANTS, "smoke", "NAME-smoke"))
         raise ValueError(f'unknown variant "{variant}", there are {names}')
     c = base.get_config()
-    c.name = f"{name}:{kind}"
+    c.name = name if kind == "lora" else f"{name}:{kind}"
     c.model.update(name="stable_diffusion", init=REPO, image_size=512)
     c.model.update(dtype="bfloat16", remat="full", attention="chunked")
     c.data.source = "none"
