@@ -100,9 +100,7 @@ def build(config) -> Program:
     tx = make_optimizer(config.optimizer, total_updates(config))
     # Before the weights: a prompt that can not be read is an error without a wait.
     cond_table = jax.device_put(pipeline.encode(prompts), replicated(mesh))
-    # a plain function becomes a Partial without leaves
-    show = jax.jit(lambda decode, x0: decode(x0))
-    decode = partial(show, Partial(pipeline.decode))
+    decode = _make_decode(pipeline, mesh)
     own = _own_captions(config, pipeline, source, mesh)
     base, shapes, shardings = _initial_params(config, pipeline, mesh)
     frozen, trainable = _split(config, base)
@@ -141,6 +139,13 @@ def build(config) -> Program:
             out_shardings=states,
         ),
     )
+
+
+def _make_decode(pipeline: Pipeline, mesh: Mesh) -> Callable:
+    """x0 -> images; a decoder's weights are put on the mesh once, and are arguments."""
+    # a plain function becomes a Partial without leaves
+    placed = jax.device_put(Partial(pipeline.decode), replicated(mesh))
+    return partial(jax.jit(lambda decode, x0: decode(x0)), placed)
 
 
 def _reference(config, frozen: Params, trainable: Params):
