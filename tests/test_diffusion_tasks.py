@@ -73,6 +73,7 @@ def check_diffusers_reads(folder: Path) -> None:
     assert error < 1e-5
 
 
+@pytest.mark.slow
 def test_aesthetic_with_a_lora_that_is_merged(tmp_path):
     rows = run("aesthetic.py:smoke", tmp_path / "run", "export.merge_lora=True")
     check_rows(rows, "aesthetic")
