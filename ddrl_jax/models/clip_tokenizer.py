@@ -65,8 +65,8 @@ def _read(folder: Path) -> Any:
         raise UserError(
             "the tokenizer of CLIP can not be read",
             got="transformers is not installed",
-            wanted="the extra [hub]",
-            way_out="pip install 'ddrl_jax[hub]'",
+            wanted="transformers, which reads tokenizers",
+            way_out="pip install transformers",
         ) from e
     # transformers would make an empty vocabulary of an incomplete folder
     if not any(all((folder / f).is_file() for f in files) for files in EITHER):

@@ -71,8 +71,8 @@ def _download(repo_id: str, revision: str, variant: str) -> Path:
         raise UserError(
             f"the model {repo_id} is no folder here, and the hub can not be asked",
             got="huggingface_hub is not installed",
-            wanted="a folder, or the extra [hub]",
-            way_out="pip install 'ddrl_jax[hub]'",
+            wanted="a folder, or huggingface_hub",
+            way_out="pip install huggingface_hub",
         ) from e
     try:
         found = snapshot_download(

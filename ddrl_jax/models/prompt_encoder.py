@@ -106,8 +106,8 @@ def _read_tokenizer(folder: Path) -> Any:
         raise UserError(
             "the tokenizer of Stable Diffusion can not be read",
             got="transformers is not installed",
-            wanted="the extra [hub]",
-            way_out="pip install 'ddrl_jax[hub]'",
+            wanted="transformers, which reads tokenizers",
+            way_out="pip install transformers",
         ) from e
     complete = (folder / "tokenizer.json").is_file() or (
         (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file()
