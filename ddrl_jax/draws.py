@@ -25,7 +25,8 @@ def draw_chunks(
     size, total = program.config.train.microbatch, len(prompts.index)
     draw = epoch * program.config.train.inner_epochs + inner
     records, captions = draw_records(program, prompts.index, draw)
-    fetch = program.source.fetch if program.source else None
+    source = program.objective.source  # None without a data term: nothing is read
+    fetch = source.fetch if source else None
     chunks = []
     for start in range(0, total, size):
         rows = slice(start, start + size)

@@ -1,5 +1,6 @@
 """config.data -> the captioned data of a run: drawn, stored, or latents of a cache."""
 
+import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from ddrl_jax.data.picture_tfds import read_tfds
 from ddrl_jax.data.samples import sample_source
 from ddrl_jax.interfaces import Cond, DataSource, Pipeline
 from ddrl_jax.models.folder import fingerprint
-from ddrl_jax.models.stable_diffusion import encode_images, model_folder
+from ddrl_jax.models.stable_diffusion import model_folder
 
 
 def make_source(config: Any, pipeline: Pipeline) -> DataSource | None:
@@ -62,7 +63,8 @@ def _cached(config: Any, pipeline: Pipeline, pictures: Pictures) -> DataSource:
     """Their latents and embeddings, from a cache that is written once."""
     data, model = config.data, config.model
     folder = model_folder(model)
-    encode = encode_images(folder, model.variant, model.vae_dtype, model.vae_at_once)
+    encode = pipeline.encode_images
+    assert encode is not None, "Stable Diffusion encodes pictures"
     posterior = jax.jit(lambda encode, pixels: encode(pixels))
     weights = [folder / "vae", folder / "text_encoder"]
     path = write_latents(
@@ -71,11 +73,22 @@ def _cached(config: Any, pipeline: Pipeline, pictures: Pictures) -> DataSource:
         lambda pixels: posterior(encode, pixels),
         pipeline.encode,
         data.cache_batch,
-        {"weights": fingerprint(weights, model.variant), "model": model.init},
+        {
+            "weights": fingerprint(weights, model.variant),
+            "tokenizer": _digest(folder / "tokenizer"),
+        },
         dtype=data.cache_dtype,
         text_dtype=data.cache_text_dtype,
     )
     return _streamed(latent_source(path))
+
+
+def _digest(folder: Path) -> str:
+    """Of all files of a small folder, by name: a text's embedding depends on them."""
+    whole = hashlib.sha256()
+    for file in sorted(path for path in folder.iterdir() if path.is_file()):
+        whole.update(file.name.encode() + file.read_bytes())
+    return whole.hexdigest()[:16]
 
 
 def _streamed(cache: LatentSource) -> DataSource:

@@ -175,3 +175,13 @@ def test_records_that_are_fetched_reach_the_loss_as_they_are():
     chunks = draw_chunks(program, prompts, 0, 0)
     for chunk in chunks:
         np.testing.assert_array_equal(chunk.records["page"], np.ones(4))
+
+
+def test_nothing_is_fetched_that_no_term_reads():
+    def fetch(records):
+        raise AssertionError(f"read {records}")
+
+    source = flat_source()._replace(fetch=fetch)
+    program = tiny_program({"data.source": "emoji"}, source)
+    prompts = Prompts(("dog",) * 8, np.ones(8, np.int32), np.zeros(8, np.int32))
+    assert [c.records for c in draw_chunks(program, prompts, 0, 0)] == [None, None]

@@ -34,8 +34,11 @@ def clip_tokenize(folder: Path, config: ClipTextConfig) -> Tokenize:
     tokenizer = _read(folder)
     limit = min(tokenizer.model_max_length, config.max_position_embeddings)
     if len(tokenizer) > config.vocab_size:
-        raise _bad(
-            folder, f"{len(tokenizer)} tokens, {config.vocab_size} in the text tower"
+        raise UserError(
+            f"the tokenizer in {folder} belongs to another text tower",
+            got=f"{len(tokenizer)} tokens",
+            wanted=f"at most {config.vocab_size}, the vocab_size of the text tower",
+            way_out="download the whole model again",
         )
     reported: set[str] = set()
 

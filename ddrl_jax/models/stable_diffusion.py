@@ -12,11 +12,12 @@ from jaxtyping import Array
 
 from ddrl_jax.errors import UserError
 from ddrl_jax.interfaces import Params, Pipeline
+from ddrl_jax.models.clip_tokenizer import clip_tokenize
 from ddrl_jax.models.convert import check_leaves, to_jax
 from ddrl_jax.models.folder import fingerprint, read_tensors, resolve
 from ddrl_jax.models.latent_codec import make_decode, make_encode_images
 from ddrl_jax.models.networks import network_shapes
-from ddrl_jax.models.prompt_encoder import make_encode, make_tokenize
+from ddrl_jax.models.prompt_encoder import make_encode
 from ddrl_jax.models.sd_folder import Source, read_source
 from ddrl_jax.models.unet import UNet2DConditionModel
 
@@ -94,7 +95,7 @@ def assemble(
     network = UNet2DConditionModel(source.unet, dtype, remat, rank, alpha, impl)
     boxed_init, denoise = _denoiser(network, shape)
     # Before the weights: what is wrong with it is an error without a wait.
-    tokenize = make_tokenize(source.folder, source.text)
+    tokenize = clip_tokenize(source.folder / "tokenizer", source.text)
     encode = make_encode(tokenize, source.text, load_params(source, "clip_text"))
     vae = load_params(source, "vae")
     shapes = jax.eval_shape(boxed_init, jax.random.key(0))
