@@ -7,24 +7,21 @@ of the bytes: what is read back is what was written, or there is one error.
 """
 
 import errno
-import logging
 import os
 import re
 import shutil
 import sys
-import traceback
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import orbax.checkpoint as ocp
 
-from ddrl_jax import fingerprint
+from ddrl_jax import fingerprint, orbax_log
 from ddrl_jax.errors import UserError
 from ddrl_jax.fingerprint import abstract as abstract
 from ddrl_jax.interfaces import Params
 
 _ASIDE = "damaged"  # where resume=last_good moves what it skipped
-_ORBAX = f"{os.sep}orbax{os.sep}"  # in the path of its source files
 _RECORD = Path("cursor", "metadata")  # where Orbax puts the JSON item
 _WRITE_FAULTS = re.compile(
     r"No space left|RESOURCE_EXHAUSTED|PERMISSION_DENIED|Read-only|os_error_code|"
@@ -66,7 +63,7 @@ class Checkpoints:
         self._held: list[Any] = []
         self._bytes = 0
         self._manager: ocp.CheckpointManager | None = None
-        logging.getLogger("absl").addFilter(_not_from_orbax)
+        orbax_log.drop_own_log()
 
     def save(
         self, epoch: int, state: Params, cursor: dict[str, Any], force: bool = False
@@ -226,10 +223,11 @@ class Checkpoints:
 
     def _read_state(self, epoch: int, abstract_state: Params) -> Params:
         args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract_state))
-        hook, sys.unraisablehook = sys.unraisablehook, _without_late_callbacks()
+        hook, sys.unraisablehook = sys.unraisablehook, orbax_log.hook_without_late_reads()
         try:
             state = self._open().restore(epoch, args=args)["state"]
         except Exception as error:  # Orbax and TensorStore raise many types
+            orbax_log.drop_late_reads(self.root)
             raise _Damaged(_first_line(error)) from None
         sys.unraisablehook = hook  # not after a failure: callbacks are still to come
         return state
@@ -327,24 +325,3 @@ def _move_aside(path: Path) -> Path:
 
 def _tell(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
-
-
-def _without_late_callbacks() -> Any:
-    """Hides what the reads that a failed restore left behind say when they end.
-
-    They are not errors of their own, and would bury the one message that matters.
-    """
-    previous = sys.unraisablehook
-
-    def hook(unraisable: Any) -> None:
-        frames = traceback.walk_tb(unraisable.exc_traceback)
-        late = any(_ORBAX in frame.f_code.co_filename for frame, _ in frames)
-        if not late and "Event loop is closed" not in str(unraisable.exc_value):
-            previous(unraisable)
-
-    return hook
-
-
-def _not_from_orbax(record: logging.LogRecord) -> bool:
-    """Drops Orbax's own log: what it reports reaches us as exceptions as well."""
-    return _ORBAX not in record.pathname

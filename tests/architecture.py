@@ -21,7 +21,7 @@ VAGUE = {"utils", "util", "helpers", "helper", "common", "misc"}
 # `errors` and `interfaces` are open to everybody and are added to every row.
 EVERYBODY = ("errors", "interfaces")
 PLUMBING = ("optim", "sharding", "metrics", "workdir", "preemption", "pictures")
-PLUMBING += ("checkpoint", "fingerprint", "report")
+PLUMBING += ("checkpoint", "fingerprint", "orbax_log", "report")
 CHECKS = ("config_rules", "check_config", "check_objective", "command_line")
 PARTS = ("diffusion", "objectives", "models", "rewards", "data", "rollout", "learner")
 PARTS += ("terms",)
@@ -55,7 +55,7 @@ IMPORT_TABLE: dict[str, tuple[str, ...]] = {
     "terms": ("rollout", "objectives", "diffusion"),
     "learner": ("terms", "rollout", "objectives", "diffusion", "optim", "sharding"),
     **{name: () for name in PLUMBING},
-    "checkpoint": ("fingerprint",),
+    "checkpoint": ("fingerprint", "orbax_log"),
     **{
         name: ("diffusion", "models", "rewards", "data", "terms", *CHECKS)
         for name in CHECKS
