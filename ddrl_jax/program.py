@@ -88,7 +88,7 @@ def build(config) -> Program:
       config: the whole configuration.
     """
     mesh = make_mesh(config.mesh)
-    pipeline = PIPELINES[config.model.name](config)
+    pipeline = PIPELINES[config.model.name](config, mesh)
     kernel = make_kernel(config.sampler, pipeline.prediction)
     source = make_source(config, pipeline)
     captions = source.captions if source else ()

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
+from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 from jax.tree_util import Partial
 from jaxtyping import Array, Float, Int, UInt8
@@ -123,15 +124,17 @@ def _leaf_shapes(tree: Params) -> dict[str, tuple[int, ...]]:
     return {name: leaf.shape for name, leaf in flat}
 
 
-def emoji_pipeline(config) -> Pipeline:
+def emoji_pipeline(config, mesh: Mesh | None = None) -> Pipeline:
     """Builds the pipeline of config.model and config.lora; loads no weight yet.
 
     Args:
       config: the whole configuration.
+      mesh: on which the network will run; None is one device.
 
     Raises:
       UserError: the starting weights are missing or of another model.
     """
+    del mesh  # the network leaves its arrays where XLA puts them
     model, vocabulary = config.model, read_vocabulary()
     network = DiT(
         width=model.width,

@@ -7,6 +7,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array
 
@@ -26,17 +27,19 @@ TINY = Path(__file__).parent.parent / "assets" / "tiny_sd"
 COMPONENTS = {"unet": "unet", "vae": "vae", "clip_text": "text_encoder"}
 
 
-def stable_diffusion_pipeline(config: Any) -> Pipeline:
+def stable_diffusion_pipeline(config: Any, mesh: Mesh | None = None) -> Pipeline:
     """Builds the pipeline of config.model and config.lora.
 
     Text encoder and autoencoder are loaded here, the denoiser by `Pipeline.load`.
 
     Args:
       config: the whole configuration; config.model.init is a folder or a repository.
+      mesh: on which the network will run; None is one device.
 
     Raises:
       UserError: the model can not be found, read or honoured.
     """
+    del mesh  # the network leaves its arrays where XLA puts them
     model = config.model
     folder = model_folder(model)
     return assemble(
