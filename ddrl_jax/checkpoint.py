@@ -223,7 +223,8 @@ class Checkpoints:
 
     def _read_state(self, epoch: int, abstract_state: Params) -> Params:
         args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract_state))
-        hook, sys.unraisablehook = sys.unraisablehook, orbax_log.hook_without_late_reads()
+        quiet = orbax_log.hook_without_late_reads()
+        hook, sys.unraisablehook = sys.unraisablehook, quiet
         try:
             state = self._open().restore(epoch, args=args)["state"]
         except Exception as error:  # Orbax and TensorStore raise many types

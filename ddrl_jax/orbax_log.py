@@ -1,7 +1,8 @@
 """What Orbax and asyncio say beside the exception that reaches us, kept quiet.
 
 A failed restore leaves other reads behind; when they end they report through three
-channels (Orbax's log, sys.unraisablehook, asyncio's log) and would bury the one message.
+channels (Orbax's log, sys.unraisablehook, asyncio's log) and would bury the one
+message.
 """
 
 import logging
