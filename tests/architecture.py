@@ -22,6 +22,7 @@ VAGUE = {"utils", "util", "helpers", "helper", "common", "misc"}
 EVERYBODY = ("errors", "interfaces")
 PLUMBING = ("optim", "sharding", "metrics", "workdir", "preemption", "pictures")
 PLUMBING += ("checkpoint", "fingerprint", "orbax_log", "report")
+MEASURES = ("flops", "chips")
 CHECKS = ("config_rules", "check_config", "check_objective", "command_line")
 PARTS = ("diffusion", "objectives", "models", "rewards", "data", "rollout", "learner")
 PARTS += ("terms",)
@@ -34,7 +35,7 @@ RUN = (
     "resume",
 )  # one run put together
 MODES = ("evaluate", "sample", "export", "plan")
-BELOW_TRAIN = (*PARTS, *PLUMBING, *CHECKS, *RUN)
+BELOW_TRAIN = (*PARTS, *PLUMBING, *MEASURES, *CHECKS, *RUN)
 IMPORT_TABLE: dict[str, tuple[str, ...]] = {
     "": (),
     "errors": (),
@@ -54,7 +55,7 @@ IMPORT_TABLE: dict[str, tuple[str, ...]] = {
     "rollout": ("diffusion.gaussian",),
     "terms": ("rollout", "objectives", "diffusion"),
     "learner": ("terms", "rollout", "objectives", "diffusion", "optim", "sharding"),
-    **{name: () for name in PLUMBING},
+    **{name: () for name in (*PLUMBING, *MEASURES)},
     "checkpoint": ("fingerprint", "orbax_log"),
     **{
         name: ("diffusion", "models", "rewards", "data", "terms", *CHECKS)
