@@ -41,7 +41,9 @@ EXTRAS = {
     "tpu": ["jax[tpu]>=0.10.2"],
     "alignment": ["bert-score>=0.3.13"],  # brings torch; only for vlm_alignment
     "rewards": ["rapidocr-onnxruntime>=1.4.4"],
-    "parity": ["torch>=2.6"],  # the tests that compare with PyTorch's networks
+    # The tests that compare with PyTorch's networks, with the loader of LoRA files in
+    # diffusers, which is peft, and with BERTScore itself.
+    "parity": ["torch>=2.6", "peft>=0.17", "bert-score>=0.3.13"],
     "wandb": ["wandb>=0.18"],
     "test": [
         "pytest>=8.3",

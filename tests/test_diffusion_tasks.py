@@ -4,8 +4,10 @@ diffusers reads what was written.
 """
 
 import json
+from functools import partial
 from pathlib import Path
 
+import ddim_walk
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,23 +15,34 @@ import pytest
 import vlm_server
 
 from ddrl_jax.check_config import check_config
+from ddrl_jax.checkpoint import Checkpoints
 from ddrl_jax.command_line import load_config, override
 from ddrl_jax.export import export_mode
 from ddrl_jax.models.convert import to_jax
+from ddrl_jax.models.export_diffusers import LORA_FILE
 from ddrl_jax.models.folder import read_json, read_tensors
+from ddrl_jax.models.stable_diffusion import TINY
 from ddrl_jax.models.unet import UNet2DConditionModel
 from ddrl_jax.models.unet_config import UNetConfig
+from ddrl_jax.program import build
+from ddrl_jax.resume import start
 from ddrl_jax.train import train
 
 ROOT = Path(__file__).resolve().parents[1]
 SHORT = ("sampler.steps=2", "evaluate.samples=4", "mesh.data=1", "log.progress=False")
 
 
-def run(spec: str, workdir: Path, *keys: str) -> list[dict]:
-    """Trains a configuration, exports it; returns its metrics."""
+def read(spec: str, *keys: str):
+    """A configuration on this machine, with some keys changed."""
     config = load_config(str(ROOT / "configs" / spec))
     override(config, ["", *(f"--config.{key}" for key in (*SHORT, *keys))])
     check_config(config, 1)
+    return config
+
+
+def run(spec: str, workdir: Path, *keys: str) -> list[dict]:
+    """Trains a configuration, exports it; returns its metrics."""
+    config = read(spec, *keys)
     train(config, str(workdir))
     export_mode(config, str(workdir))
     lines = (workdir / "metrics.jsonl").read_text().splitlines()
@@ -94,11 +107,32 @@ def test_compressibility_with_all_weights(tmp_path):
 
 
 @pytest.mark.slow
-def test_incompressibility_writes_a_lora_file(tmp_path):
-    rows = run("incompressibility.py:smoke", tmp_path / "run")
-    check_rows(rows, "incompressibility")
-    (file,) = (tmp_path / "run" / "export" / "000002").iterdir()
-    assert file.name == "pytorch_lora_weights.safetensors"
+def test_incompressibility_writes_a_lora_file_that_diffusers_loads(tmp_path):
+    """The picture of `load_lora_weights` is the one of the trained factors here."""
+    task, keys = "incompressibility.py:smoke", ("lora.alpha=12.0", "optimizer.lr=0.01")
+    check_rows(run(task, tmp_path / "run", *keys), "incompressibility")
+    folder = tmp_path / "run" / "export" / "000002"
+    assert [file.name for file in folder.iterdir()] == [LORA_FILE]
+    pytest.importorskip("peft")
+    from diffusers import StableDiffusionPipeline
+
+    program = build(read(task, *keys))
+    checkpoints = Checkpoints(tmp_path / "run" / "checkpoints", 0, 1, read_only=True)
+    lora = start(program, checkpoints)[1].ema
+    noise = np.random.default_rng(0).normal(size=(2, *program.pipeline.latent_shape))
+    noise, prompts = noise.astype(np.float32), ["a photo of a cat", "zebra, red"]
+    walk = partial(ddim_walk.ours, program.pipeline, program.frozen)
+    found, _ = walk(lora, noise, prompts)
+    pipe = StableDiffusionPipeline.from_pretrained(TINY, safety_checker=None)
+    pipe.load_lora_weights(folder)
+    expected = ddim_walk.theirs(pipe, noise, prompts, "latent")
+    scale = np.abs(expected).max()
+    assert np.abs(found - expected).max() / scale < 1e-5
+    untrained, _ = walk(None, noise, prompts)
+    assert np.abs(untrained - expected).max() / scale > 0.01
+    pictures = ddim_walk.theirs(pipe, noise, prompts, "np") * 255.0
+    levels = np.asarray(program.pipeline.decode(found)).astype(np.float32)
+    assert np.abs(levels - pictures).max() < 0.51  # rounded to nearest
 
 
 @pytest.mark.slow

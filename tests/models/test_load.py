@@ -5,14 +5,13 @@ import shutil
 import warnings
 from types import SimpleNamespace
 
+import ddim_walk
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny_sd
 
-from configs import base
-from ddrl_jax.diffusion.kernels import make_kernel
 from ddrl_jax.errors import UserError
 from ddrl_jax.models.load import load_pipeline
 from ddrl_jax.models.sd_folder import read_prediction, read_source
@@ -21,10 +20,8 @@ from ddrl_jax.models.stable_diffusion import (
     latent_shape,
     stable_diffusion_pipeline,
 )
-from ddrl_jax.rollout import guided
 
 PROMPTS = ["a photo of a cat", "zebra, red"]
-STEPS, GUIDANCE = 4, 5.0
 TOLERANCE = 1e-5  # relative to the largest value
 SD1 = tiny_sd.BETAS | {"_class_name": "PNDMScheduler", "skip_prk_steps": True}
 
@@ -47,7 +44,6 @@ def pair(request, tmp_path_factory):
     options = {"shard_size": "60KB", "scheduler": "PNDMScheduler"} if sd2 else {}
     theirs = tiny_sd.make_pipeline(sd2=sd2)
     tiny_sd.write_pipeline(folder, sd2=sd2, **options)
-    theirs.set_progress_bar_config(disable=True)
     return theirs, load_pipeline(str(folder)), folder
 
 
@@ -66,48 +62,15 @@ def edit(path, **changes):
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
-def walk(pipeline, params, noise, cond):
-    """Deterministic DDIM with guidance: (latents, timesteps the network saw)."""
-    sampler = base.get_config().sampler
-    sampler.kernel, sampler.steps, sampler.eta = "ddim", STEPS, 0.0
-    kernel = make_kernel(sampler, pipeline.prediction)
-
-    @jax.jit
-    def step(params, x, t, s):
-        policy = guided(
-            lambda z, time, c: pipeline.denoise(params, None, z, time, c),
-            pipeline.uncond,
-            GUIDANCE,
-        )
-        z, time = kernel.to_network(x, t)
-        return kernel.step(x, policy(z, time, cond), t, s, None).mean, time
-
-    x, seen = jnp.asarray(noise), []
-    for level in kernel.levels.astype(np.float32):
-        x, time = step(params, x, *np.repeat(level[:, None], len(noise), 1))
-        seen.append(float(time[0]))
-    return x, seen
-
-
 def test_the_same_noise_gives_the_same_latents_and_picture(pair):
-    import torch
-    from diffusers import DDIMScheduler
-
     theirs, ours, _ = pair
     noise = np.random.default_rng(0).normal(size=(2, *ours.latent_shape))
     noise = noise.astype(np.float32)
-    x0, seen = walk(ours, ours.load(), noise, ours.encode(PROMPTS))
-    theirs.scheduler = DDIMScheduler.from_config(theirs.scheduler.config)
-    sample = {
-        "latents": torch.tensor(np.moveaxis(noise, -1, 1)),
-        "num_inference_steps": STEPS,
-        "guidance_scale": GUIDANCE,
-        "eta": 0.0,
-    }
-    latents = theirs(PROMPTS, output_type="latent", **sample).images
+    x0, seen = ddim_walk.ours(ours, ours.load(), None, noise, PROMPTS)
+    latents = ddim_walk.theirs(theirs, noise, PROMPTS, "latent")
     assert seen == [float(t) for t in theirs.scheduler.timesteps]
-    assert relative(x0, channels_last(latents)) < TOLERANCE
-    pictures = theirs(PROMPTS, output_type="np", **sample).images * 255.0
+    assert relative(x0, latents) < TOLERANCE
+    pictures = ddim_walk.theirs(theirs, noise, PROMPTS, "np") * 255.0
     levels = np.asarray(ours.decode(x0)).astype(np.float32)
     assert levels.std() > 10  # no grey picture equals another by chance
     # Rounded to nearest, up to a hundredth of a level where a value lies between two.
