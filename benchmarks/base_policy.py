@@ -33,7 +33,7 @@ def sample(program: Program, guidance: float, steps: int, count: int) -> np.ndar
     run = make_sampler(program, settings, "euler")
     index = np.arange(count, dtype=np.int32) % len(program.prompts)
     root = jax.random.fold_in(jax.random.key(program.config.seed), NOISE_STREAM)
-    params = program.new_state().ema
+    params = program.new_state().average
     parts = [run(params, program.frozen, *p) for p in chunks_of(program, root, index)]
     return np.concatenate(jax.device_get(parts))[:count]
 

@@ -125,7 +125,9 @@ def measure_config(label: str, config: Any, size: int) -> list[Measured]:
         (trees["lora"], trees["params"]) if lora else (trees["params"], {})
     )
     tx = make_optimizer(config.optimizer, 1000)
-    state = jax.eval_shape(lambda p: init_state(p, tx), trained)
+    state = jax.eval_shape(
+        lambda p: init_state(p, tx, config.optimizer.ema_decay), trained
+    )
     update = make_update(objective, tx, config.optimizer.ema_decay)
     chunk = minibatch(size)
 

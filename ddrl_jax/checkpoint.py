@@ -21,6 +21,7 @@ from ddrl_jax.errors import UserError
 from ddrl_jax.fingerprint import abstract as abstract
 from ddrl_jax.interfaces import Params
 
+_AVERAGE = "train/ema/"  # of the learner's state, in the names of leaves
 _ASIDE = "damaged"  # where resume=last_good moves what it skipped
 _RECORD = Path("cursor", "metadata")  # where Orbax puts the JSON item
 _WRITE_FAULTS = re.compile(
@@ -307,6 +308,14 @@ def _first_line(error: object) -> str:
 
 
 def _foreign(path: Path, leaf: str, got: str, wanted: str) -> UserError:
+    if leaf.startswith(_AVERAGE) and wanted.startswith("no such leaf"):
+        return UserError(
+            f"the checkpoint {path} holds an average of the weights",
+            got=f"{leaf}: {got}",
+            wanted="none, as optimizer.ema_decay is 0",
+            way_out="it was written by an older version, or with an average: finish "
+            "the run there, or start in another --workdir",
+        )
     return UserError(
         f"the checkpoint {path} is of another model: the first difference is {leaf}",
         got=got,

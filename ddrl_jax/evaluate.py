@@ -50,7 +50,7 @@ class Evaluation:
 
     def run(self, state: TrainState, metrics: Metrics, epoch: int) -> dict[str, float]:
         """Samples, judges, writes a picture grid; returns the metrics of the epoch."""
-        params, config = state.ema, self.program.config
+        params, config = state.average, self.program.config
         images = self.sample(params)
         values = self.judged(images)
         if self._loss is not None and config.evaluate.data_samples:

@@ -44,7 +44,9 @@ def export_mode(config: Any, workdir: str) -> None:
         )
     target = Path(home.root) / "export" / f"{epoch:06d}"
     write = {"emoji": _emoji, "stable_diffusion": _diffusers}[config.model.name]
-    print(f"exported epoch {epoch}: {write(program, state.ema, target)}", flush=True)
+    print(
+        f"exported epoch {epoch}: {write(program, state.average, target)}", flush=True
+    )
 
 
 def _emoji(program: Program, trained: Params, target: Path) -> Path:

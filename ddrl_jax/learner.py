@@ -42,8 +42,13 @@ class TrainState(NamedTuple):
     step: Int[Array, ""]  # optimizer steps applied
     params: Params  # what is trained: the weights, or the LoRA tree
     opt_state: Any
-    ema: Params  # average of params; equal to params where ema_decay is 0
+    ema: Params | None  # average of params; None where ema_decay is 0
     bad_updates: Int[Array, ""]  # consecutive updates skipped for non-finite gradients
+
+    @property
+    def average(self) -> Params:
+        """What is evaluated, sampled and exported: the average, or the weights."""
+        return self.params if self.ema is None else self.ema
 
 
 def make_update(objective: Objective, tx: optax.GradientTransformation, ema: float):
@@ -52,7 +57,7 @@ def make_update(objective: Objective, tx: optax.GradientTransformation, ema: flo
     Args:
       objective: terms and weights.
       tx: the optimizer.
-      ema: decay of the average of the weights; 0 keeps a copy.
+      ema: decay of the average of the weights; 0: there is none.
     """
 
     def update(state: TrainState, frozen: Params, reference: Params, chunks):
@@ -106,7 +111,9 @@ def apply_gradients(
     good = jnp.isfinite(norm)
     updates, opt_state = tx.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
-    ema = jax.tree.map(lambda a, p: decay * a + (1 - decay) * p, state.ema, params)
+    ema = None
+    if decay:
+        ema = jax.tree.map(lambda a, p: decay * a + (1 - decay) * p, state.ema, params)
     bad = state.bad_updates
     new = TrainState(state.step + 1, params, opt_state, ema, jnp.zeros_like(bad))
     old = state._replace(bad_updates=bad + 1)
@@ -114,9 +121,17 @@ def apply_gradients(
     return chosen, metrics | {"grad_norm": norm}
 
 
-def init_state(params: Params, tx: optax.GradientTransformation) -> TrainState:
-    """A fresh state around `params` (jit it with out_shardings)."""
-    ema = jax.tree.map(jnp.copy, params)
+def init_state(
+    params: Params, tx: optax.GradientTransformation, decay: float
+) -> TrainState:
+    """A fresh state around `params` (jit it with out_shardings).
+
+    Args:
+      params: what is trained.
+      tx: the optimizer.
+      decay: of the average of the weights; 0: there is none.
+    """
+    ema = jax.tree.map(jnp.copy, params) if decay else None
     zero = jnp.zeros((), jnp.int32)
     return TrainState(zero, params, tx.init(params), ema, jnp.zeros((), jnp.int32))
 

@@ -104,8 +104,9 @@ def build(config) -> Program:
     own = _own_captions(config, pipeline, source, mesh)
     base, shapes, shardings = _initial_params(config, pipeline, mesh)
     frozen, trainable = _split(config, base)
-    states = _state_shardings(shapes, shardings, tx, mesh)
-    start = jax.jit(lambda p: init_state(p, tx), out_shardings=states)
+    fresh = partial(init_state, tx=tx, decay=config.optimizer.ema_decay)
+    states = _state_shardings(shapes, shardings, fresh, tx, mesh)
+    start = jax.jit(fresh, out_shardings=states)
     return Program(
         config=config,
         mesh=mesh,
@@ -120,7 +121,7 @@ def build(config) -> Program:
         frozen=frozen,
         reference=_reference(config, frozen, trainable),
         new_state=lambda: start(trainable),
-        abstract_state=lambda: _abstract(shapes, states, tx),
+        abstract_state=lambda: _abstract(shapes, states, fresh),
         prepare=_make_prepare(
             config, mesh, cond_table, own, source if needs_data else None
         ),
@@ -206,9 +207,9 @@ def _split(config, base: dict) -> tuple[Params, Params]:
     return {}, base["params"]
 
 
-def _state_shardings(shapes, shardings, tx, mesh: Mesh) -> TrainState:
+def _state_shardings(shapes, shardings, fresh, tx, mesh: Mesh) -> TrainState:
     """Shardings of a TrainState: moments follow their parameter, scalars replicate."""
-    state = jax.eval_shape(lambda p: init_state(p, tx), shapes)
+    state = jax.eval_shape(fresh, shapes)
     everywhere = replicated(mesh)
     opt = optax.tree.map_params(
         tx,
@@ -221,13 +222,13 @@ def _state_shardings(shapes, shardings, tx, mesh: Mesh) -> TrainState:
         step=everywhere,
         params=shardings,
         opt_state=opt,
-        ema=shardings,
+        ema=None if state.ema is None else shardings,
         bad_updates=everywhere,
     )
 
 
-def _abstract(shapes, states: TrainState, tx) -> TrainState:
-    state = jax.eval_shape(lambda p: init_state(p, tx), shapes)
+def _abstract(shapes, states: TrainState, fresh) -> TrainState:
+    state = jax.eval_shape(fresh, shapes)
     return jax.tree.map(
         lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), state, states
     )

@@ -55,6 +55,6 @@ def _draw(
     parts = list(chunks_of(program, root, index))
     for part in tqdm(parts, disable=not config.log.progress, unit="batch"):
         rows = index[done : done + size]
-        images = jax.device_get(sample(state.ema, program.frozen, *part))
+        images = jax.device_get(sample(state.average, program.frozen, *part))
         yield images[: len(rows)], tuple(program.prompts[i] for i in rows)
         done += size

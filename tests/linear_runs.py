@@ -105,7 +105,7 @@ def updated(
 ):
     """(state, metrics) after one jitted update; by default p - gradient."""
     tx = tx or optax.sgd(1.0)
-    state = init_state(params(), tx) if start is None else start
+    state = init_state(params(), tx, ema) if start is None else start
     return jax.jit(make_update(loss, tx, ema))(state, {}, reference, chunks)
 
 

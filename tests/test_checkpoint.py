@@ -161,3 +161,14 @@ def test_a_directory_of_other_files_is_no_fresh_start(tmp_path):
     (tmp_path / "model.safetensors").write_bytes(b"x")
     with pytest.raises(UserError, match="model.safetensors"):
         restore(tmp_path)
+
+
+def test_an_average_that_is_not_wanted_is_named(tmp_path):
+    weights = {"w": jnp.ones(3)}
+    checkpoints = Checkpoints(tmp_path / "c", 1, 9)
+    checkpoints.save(1, {"train": {"ema": weights, "params": weights}}, {})
+    checkpoints.wait()
+    wanted = abstract({"train": {"ema": None, "params": weights}})
+    with pytest.raises(UserError, match=r"holds an average.*\n.*train/ema/w"):
+        checkpoints.restore(wanted)
+    checkpoints.close()

@@ -67,7 +67,7 @@ def traced(edits, chunk, source=SOURCE):
         return apply(*inputs)
 
     loss, tx = objective(edits, source, network), optax.sgd(1.0)
-    state = init_state(params(), tx)
+    state = init_state(params(), tx, 0.0)
     jax.eval_shape(make_update(loss, tx, 0.0), state, {}, (params(), {}), (chunk,))
     return len(calls)
 
@@ -127,7 +127,7 @@ def test_recompute_gives_the_log_probs_of_the_rollout(samples):
 
 def test_average_of_the_weights(samples):
     tx, old = optax.sgd(1.0), {"w": jnp.float32(2.0), "b": jnp.asarray([1.0, -1.0])}
-    start = init_state(params(), tx)._replace(ema=old)
+    start = init_state(params(), tx, 0.9)._replace(ema=old)
     state, _ = updated(objective(), (samples,), tx, ema=0.9, start=start)
     for name in PARAMS:
         expected = 0.9 * np.asarray(old[name]) + 0.1 * np.asarray(state.params[name])
@@ -137,7 +137,7 @@ def test_average_of_the_weights(samples):
 
 def test_without_an_average_it_is_the_weights(samples):
     state, _ = updated(objective(), (samples,), ema=0.0)
-    assert same_bits(state.ema, state.params)
+    assert state.ema is None and state.average is state.params
     assert not same_bits(state.params, params())
 
 
@@ -168,6 +168,7 @@ def test_a_gradient_that_is_no_number_is_skipped_and_counted(term, bad, samples)
 
 def test_a_fresh_state_owns_its_average():
     start = params()
-    state = init_state(start, optax.adam(0.1))
+    state = init_state(start, optax.adam(0.1), 0.9)
     assert same_bits(state.ema, state.params) and int(state.step) == 0
+    assert state.average is state.ema
     assert state.ema["b"].unsafe_buffer_pointer() != start["b"].unsafe_buffer_pointer()

@@ -83,7 +83,8 @@ def perturbed_state(program: Program, scale: float = 0.05) -> Any:
     """A new state whose weights, and their average, are no longer the initial ones."""
     state = program.new_state()
     params = perturbed(state.params, scale)
-    return state._replace(params=params, ema=jax.tree.map(jnp.copy, params))
+    ema = None if state.ema is None else jax.tree.map(jnp.copy, params)
+    return state._replace(params=params, ema=ema)
 
 
 def chunks_with_trajectories(program: Program, state: Any, prompts: Any) -> list:
