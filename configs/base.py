@@ -166,7 +166,8 @@ def get_config() -> ConfigDict:
     c.train = ConfigDict()
     c.train.epochs = 30
     c.train.minibatches = 2  # optimizer steps a pass over the epoch's samples
-    c.train.microbatch = 16  # samples a network call; also the chunk of the rollout
+    c.train.microbatch = 16  # samples of one device in a network call, at most: a mesh
+    # with so many devices that a minibatch has fewer for each takes those
     c.train.inner_epochs = 1  # passes over the epoch's samples
     c.train.nan_limit = (
         3  # consecutive updates with non-finite gradients before stopping

@@ -208,15 +208,6 @@ def _check_batches(config: Any) -> None:
         wanted=f"samples divisible by {train.minibatches}",
         way_out="change train.minibatches, prompts.per_epoch or prompts.group_size",
     )
-    minibatch = samples // train.minibatches
-    require(
-        minibatch % train.microbatch == 0,
-        "a minibatch does not split into equal microbatches",
-        got=f"{samples} samples / train.minibatches {train.minibatches} = "
-        f"{minibatch} a minibatch, train.microbatch {train.microbatch}",
-        wanted=f"train.microbatch that divides {minibatch}",
-        way_out=f"set train.microbatch to {math.gcd(minibatch, train.microbatch)}",
-    )
 
 
 def _check_mesh(config: Any, device_count: int) -> None:
@@ -242,15 +233,31 @@ def _check_mesh(config: Any, device_count: int) -> None:
     )
     if free:
         mesh[free[0]] = device_count // fixed
-    shards = mesh["data"] * mesh["fsdp"]
+    _check_chunks(config, mesh["data"] * mesh["fsdp"])
+
+
+def _check_chunks(config: Any, shares: int) -> None:
+    """Each share of the batch (mesh data x fsdp) gets equal microbatches."""
+    prompts, train = config.prompts, config.train
+    samples = prompts.per_epoch * prompts.group_size
+    minibatch = samples // train.minibatches
     require(
-        config.train.microbatch % shards == 0,
-        "a microbatch does not split evenly over the devices",
-        got=f"train.microbatch {config.train.microbatch}, mesh data {mesh['data']} "
-        f"x fsdp {mesh['fsdp']}",
-        wanted=f"train.microbatch divisible by {shards}",
-        way_out=f"raise train.microbatch to a multiple of {shards}, or use less of "
+        minibatch % shares == 0,
+        "a minibatch does not split evenly over the devices",
+        got=f"{samples} samples / train.minibatches {train.minibatches} = {minibatch} "
+        f"a minibatch, {shares} shares of the batch (mesh data x fsdp)",
+        wanted=f"a minibatch divisible by {shares}",
+        way_out="change train.minibatches or prompts.per_epoch, or use less of "
         "mesh.data and mesh.fsdp",
+    )
+    share = minibatch // shares
+    require(
+        share % min(train.microbatch, share) == 0,
+        "a minibatch does not split into equal microbatches",
+        got=f"{samples} samples / train.minibatches {train.minibatches} / {shares} "
+        f"share(s) of the batch = {share}, train.microbatch {train.microbatch}",
+        wanted=f"train.microbatch that divides {share}, or is larger",
+        way_out=f"set train.microbatch to {math.gcd(share, train.microbatch)}",
     )
 
 

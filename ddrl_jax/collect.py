@@ -78,7 +78,7 @@ def collect(
 
 def _sample(program, state, epoch, prompts, chunks, pool, stop):
     """Rolls out every chunk; its pictures go to the judges as soon as they exist."""
-    config, size = program.config, program.config.train.microbatch
+    config, size = program.config, program.chunk
     trained = draw_trained_steps(config, program.kernel, epoch, len(prompts.index))
     filled, handles = [], []
     for number, chunk in enumerate(chunks):

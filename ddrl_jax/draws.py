@@ -14,7 +14,7 @@ from ddrl_jax.terms import WEIGHTED
 def draw_chunks(
     program: Program, prompts: Prompts, epoch: int, inner: int
 ) -> list[Minibatch]:
-    """The epoch's samples in chunks of one microbatch, without trajectories yet.
+    """The epoch's samples in chunks, a microbatch a device, without trajectories yet.
 
     Args:
       program: the run.
@@ -22,7 +22,7 @@ def draw_chunks(
       epoch: from 0.
       inner: pass over the epoch's samples; each draws other data and data noise.
     """
-    size, total = program.config.train.microbatch, len(prompts.index)
+    size, total = program.chunk, len(prompts.index)
     draw = epoch * program.config.train.inner_epochs + inner
     records, captions = draw_records(program, prompts.index, draw)
     source = program.objective.source  # None without a data term: nothing is read

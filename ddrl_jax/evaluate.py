@@ -101,7 +101,7 @@ class Evaluation:
         table = program.captions.table if program.captions else None
         fetch = program.source.fetch
         root = jax.random.fold_in(jax.random.key(program.config.seed), DATA_STREAM)
-        size, losses = program.config.train.microbatch, []
+        size, losses = program.chunk, []
         rows = captions if program.captions is None or table else np.zeros_like(records)
         parts = chunks_of(program, root, rows, table)
         for part, numbers in zip(parts, _padded(records, size), strict=True):
@@ -147,7 +147,7 @@ def _ddim_sampler(program: Program, settings: Any):
     sampler = program.config.sampler.copy_and_resolve_references()
     sampler.update(kernel="ddim", eta=0.0, steps=settings.steps)
     kernel = make_kernel(sampler, pipeline.prediction)
-    size = program.config.train.microbatch
+    size = program.chunk
     times = place_batch(program.mesh, step_times(kernel, size), axis=1)
     unread = place_batch(program.mesh, np.zeros((0, size), np.int32), axis=1)
 
@@ -167,7 +167,7 @@ def _ddim_sampler(program: Program, settings: Any):
 def _rollout_sampler(program: Program):
     """The compiled rollout of training itself; the steps it keeps are not read."""
     config = program.config
-    kept = draw_trained_steps(config, program.kernel, 0, config.train.microbatch)
+    kept = draw_trained_steps(config, program.kernel, 0, program.chunk)
     unread = place_batch(program.mesh, np.ascontiguousarray(kept), axis=1)
 
     def sample(params, frozen, keys, cond: Cond):
@@ -221,7 +221,7 @@ def chunks_of(
     index: np.ndarray,
     table: Cond | None = None,
 ) -> Iterator[tuple[jax.Array, Cond]]:
-    """(keys, cond) of each microbatch; the last one is filled up with repeats.
+    """(keys, cond) of each chunk; the last one is filled up with repeats.
 
     Args:
       program: the run.
@@ -230,7 +230,7 @@ def chunks_of(
       table: of embeddings; None: those of the prompts.
     """
     table = program.cond_table if table is None else table
-    size = program.config.train.microbatch
+    size = program.chunk
     for number, rows in enumerate(_padded(index, size)):
         sample = number * size + jnp.arange(size)
         keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(root, sample)

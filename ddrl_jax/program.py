@@ -35,7 +35,13 @@ from ddrl_jax.models.emoji import emoji_pipeline
 from ddrl_jax.models.stable_diffusion import stable_diffusion_pipeline
 from ddrl_jax.optim import make_optimizer
 from ddrl_jax.rollout import guided, make_score, rollout, step_times
-from ddrl_jax.sharding import make_mesh, params_shardings, place_batch, replicated
+from ddrl_jax.sharding import (
+    batch_shares,
+    make_mesh,
+    params_shardings,
+    place_batch,
+    replicated,
+)
 from ddrl_jax.sources import make_source
 
 PIPELINES = {
@@ -60,6 +66,7 @@ class Program(NamedTuple):
 
     config: Any
     mesh: Mesh
+    chunk: int  # samples a call: a microbatch for each share of the batch
     pipeline: Pipeline
     kernel: Kernel
     source: DataSource | None
@@ -110,6 +117,7 @@ def build(config) -> Program:
     return Program(
         config=config,
         mesh=mesh,
+        chunk=chunk_size(config, mesh),
         pipeline=pipeline,
         kernel=kernel,
         source=source,
@@ -155,6 +163,17 @@ def _reference(config, frozen: Params, trainable: Params):
         return None
     copy = None if config.lora.rank else jax.tree.map(jnp.copy, trainable)
     return (copy, frozen)
+
+
+def chunk_size(config, mesh: Mesh) -> int:
+    """Samples of one call: equal microbatches, one for each share of the batch.
+
+    As long as train.microbatch sets its size, and not the number of devices, a device
+    computes the same shapes on every data mesh: the samples are the same to the bit.
+    """
+    c, shares = config.prompts, batch_shares(mesh)
+    minibatch = c.per_epoch * c.group_size // config.train.minibatches
+    return shares * min(config.train.microbatch, minibatch // shares)
 
 
 def total_updates(config) -> int:
@@ -276,7 +295,8 @@ def _make_prepare(config, mesh: Mesh, cond_table: Cond, own, source):
 
 
 def _make_rollout(config, mesh: Mesh, objective: Objective, decode: Callable):
-    times = step_times(objective.kernel, config.train.microbatch)
+    chunk = chunk_size(config, mesh)
+    times = step_times(objective.kernel, chunk)
     times = place_batch(mesh, times, axis=1)
 
     @jax.jit

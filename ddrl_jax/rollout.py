@@ -32,12 +32,18 @@ def guided(denoise: Policy, uncond: Cond, scale: float) -> Policy:
 
     def policy(z, time, cond):
         empty = jax.tree.map(lambda u, c: jnp.broadcast_to(u, c.shape), uncond, cond)
-        both = jax.tree.map(lambda u, c: jnp.concatenate([u, c]), empty, cond)
-        out = denoise(jnp.concatenate([z, z]), jnp.concatenate([time, time]), both)
-        without, with_prompt = jnp.split(out, 2)
+        both = jax.tree.map(_interleaved, empty, cond)
+        out = denoise(_interleaved(z, z), _interleaved(time, time), both)
+        pairs = out.reshape(-1, 2, *out.shape[1:])
+        without, with_prompt = pairs[:, 0], pairs[:, 1]
         return without + scale * (with_prompt - without)
 
     return policy
+
+
+def _interleaved(a: Array, b: Array) -> Array:
+    """Rows a0, b0, a1, b1, ...: both of a sample are on the device that has it."""
+    return jnp.stack([a, b], axis=1).reshape(-1, *a.shape[1:])
 
 
 def make_score(log_prob: str, reduction: str) -> Score:

@@ -44,14 +44,14 @@ def sample_mode(config: Any, workdir: str) -> None:
 def _draw(
     program: Program, state: TrainState
 ) -> Iterator[tuple[np.ndarray, tuple[str, ...]]]:
-    """Pictures and prompts, a microbatch at a time."""
+    """Pictures and prompts, a chunk at a time."""
     config = program.config
     index = np.repeat(
         np.arange(len(program.prompts), dtype=np.int32), config.sample.per_prompt
     )
     sample = make_sampler(program, config.sample, config.evaluate.solver)
     root = jax.random.fold_in(jax.random.key(config.seed), SAMPLE_STREAM)
-    size, done = config.train.microbatch, 0
+    size, done = program.chunk, 0
     parts = list(chunks_of(program, root, index))
     for part in tqdm(parts, disable=not config.log.progress, unit="batch"):
         rows = index[done : done + size]

@@ -13,7 +13,7 @@ from ddrl_jax.sharding import place_batch
 
 
 def ratio_deviations(program: Program, state: TrainState) -> dict[str, np.ndarray]:
-    """|ratio - 1| of each noisy step between rollout and replay, on one microbatch.
+    """|ratio - 1| of each noisy step between rollout and replay, on one chunk.
 
     Args:
       program: the run.
@@ -33,7 +33,7 @@ def ratio_deviations(program: Program, state: TrainState) -> dict[str, np.ndarra
     )
     chunk = draw_chunks(program, prompts, 0, 0)[0]
     steps = np.flatnonzero(kernel.stochastic).astype(np.int32)
-    trained = np.repeat(steps[:, None], config.train.microbatch, 1)
+    trained = np.repeat(steps[:, None], program.chunk, 1)
     sampled = program.rollout(
         state.params,
         program.frozen,

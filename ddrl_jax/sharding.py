@@ -56,6 +56,11 @@ def spec_for(axes: tuple, shape: tuple[int, ...], mesh: Mesh, rules=RULES) -> P:
     return P(*out)
 
 
+def batch_shares(mesh: Mesh) -> int:
+    """Returns into how many shares the samples of a call are split."""
+    return mesh.shape["data"] * mesh.shape["fsdp"]
+
+
 def params_shardings(axes: Any, shapes: Params, mesh: Mesh) -> Params:
     """Shardings of a parameter tree from the tree of its logical axes."""
     return jax.tree.map(

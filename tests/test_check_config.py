@@ -40,8 +40,6 @@ COMBINATIONS = {
     "minibatches": ({"train.minibatches": 3}, "train.minibatches",
                     {"prompts.per_epoch": 6}),
     "microbatch": ({"train.microbatch": 24}, "to 8", {"train.microbatch": 8}),
-    "microbatch too large": ({"train.microbatch": 64}, "to 32",
-                             {"train.minibatches": 1}),
     "cosine": ({"optimizer.schedule": "cosine", "optimizer.warmup": 60}, "warm-up",
                {"optimizer.warmup": 59}),
     "pictures": ({"evaluate.pictures": 65}, "evaluate.pictures",
@@ -119,7 +117,7 @@ def test_weights_that_are_there(tmp_path):
 # ---- devices
 
 MESHES = {
-    # mesh (data, fsdp, tensor, context), devices, whether 16 samples fit on it
+    # mesh (data, fsdp, tensor, context), devices, whether minibatches of 32 fit on it
     "one": ((-1, 1, 1, 1), 1, True),
     "eight": ((-1, 1, 1, 1), 8, True),
     "mixed": ((2, -1, 2, 1), 8, True),
@@ -129,7 +127,8 @@ MESHES = {
     "too many": ((16, 1, 1, 1), 8, False),
     "not whole": ((-1, 3, 1, 1), 8, False),
     "fsdp above devices": ((-1, 16, 1, 1), 8, False),
-    "samples over 32": ((-1, 1, 1, 1), 32, False),
+    "a sample each": ((-1, 1, 1, 1), 32, True),
+    "samples over 64": ((-1, 1, 1, 1), 64, False),
     "samples over 3": ((-1, 1, 1, 1), 3, False),
     "tensor takes no samples": ((1, 1, 32, 1), 32, True),
 }

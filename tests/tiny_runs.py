@@ -89,12 +89,13 @@ def perturbed_state(program: Program, scale: float = 0.05) -> Any:
 
 def chunks_with_trajectories(program: Program, state: Any, prompts: Any) -> list:
     """The first epoch's chunks, rolled out at every noisy step, advantages +-1."""
-    size = program.config.train.microbatch
+    size = program.chunk
     steps = np.flatnonzero(program.kernel.stochastic).astype(np.int32)
     trained = jnp.asarray(np.repeat(steps[:, None], size, 1))
-    advantages = jnp.where(jnp.arange(size) % 2, 1.0, -1.0)
     chunks = []
-    for chunk in draw_chunks(program, prompts, 0, 0):
+    for number, chunk in enumerate(draw_chunks(program, prompts, 0, 0)):
+        sample = number * size + jnp.arange(size)
+        advantages = jnp.where(sample % 2, 1.0, -1.0)
         _, trajectory, _ = program.rollout(
             state.params, program.frozen, chunk.keys, chunk.cond, trained
         )
