@@ -8,6 +8,7 @@ from ddrl_jax.data.prompts import choose_records, records_by_prompt
 from ddrl_jax.interfaces import Kernel, Prompts
 from ddrl_jax.learner import Minibatch
 from ddrl_jax.program import Program
+from ddrl_jax.sharding import place_fetched
 from ddrl_jax.terms import WEIGHTED
 
 
@@ -30,7 +31,9 @@ def draw_chunks(
     chunks = []
     for start in range(0, total, size):
         rows = slice(start, start + size)
-        data = records[rows] if fetch is None else fetch(records[rows])
+        data = records[rows]
+        if fetch is not None:
+            data = place_fetched(program.mesh, data, fetch)
         chunks.append(
             program.prepare(
                 epoch, start, inner, prompts.index[rows], data, captions[rows]

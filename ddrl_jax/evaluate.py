@@ -22,7 +22,7 @@ from ddrl_jax.rewards.pool import RewardPool
 from ddrl_jax.rewards.registry import make_rewards
 from ddrl_jax.rewards.retrieval import load_judge
 from ddrl_jax.rollout import guided, initial_noise, rollout, step_times
-from ddrl_jax.sharding import place_batch
+from ddrl_jax.sharding import place_batch, place_fetched, to_host
 from ddrl_jax.terms import draw_times
 
 NOISE_STREAM = 2_000_003  # folded into the seed: evaluation noise is never trained on
@@ -71,7 +71,7 @@ class Evaluation:
             self._sample(params, self.program.frozen, *part)
             for part in chunks_of(self.program, root, self.index)
         ]
-        return np.concatenate(jax.device_get(chunks))[: self.count]
+        return np.concatenate(to_host(chunks))[: self.count]
 
     def judged(self, images: np.ndarray) -> dict[str, float]:
         """Every judge's mean and the diversity of the pictures."""
@@ -105,10 +105,14 @@ class Evaluation:
         rows = captions if program.captions is None or table else np.zeros_like(records)
         parts = chunks_of(program, root, rows, table)
         for part, numbers in zip(parts, _padded(records, size), strict=True):
-            data = numbers if fetch is None else fetch(numbers)
-            data = place_batch(program.mesh, data)
+            mesh = program.mesh
+            data = (
+                place_batch(mesh, numbers)
+                if fetch is None
+                else place_fetched(mesh, numbers, fetch)
+            )
             losses.append(loss(params, program.frozen, *part, data))
-        return float(np.mean(np.concatenate(jax.device_get(losses))[:count]))
+        return float(np.mean(np.concatenate(to_host(losses))[:count]))
 
 
 def make_sampler(program: Program, settings: Any, solver: str):

@@ -3,8 +3,6 @@
 from pathlib import Path
 from typing import Any
 
-import jax
-
 from ddrl_jax.checkpoint import Checkpoints
 from ddrl_jax.errors import UserError
 from ddrl_jax.interfaces import Params
@@ -14,6 +12,7 @@ from ddrl_jax.models.lora import merge_lora
 from ddrl_jax.models.stable_diffusion import model_folder
 from ddrl_jax.program import Program, build
 from ddrl_jax.resume import start
+from ddrl_jax.sharding import to_host
 from ddrl_jax.workdir import open_workdir
 
 
@@ -68,10 +67,10 @@ def _diffusers(program: Program, trained: Params, target: Path) -> Path:
     config = program.config
     if config.lora.rank and not config.export.merge_lora:
         baked = config.export.bake_alpha
-        return write_lora(target, jax.device_get(trained), config.lora, baked)
+        return write_lora(target, to_host(trained), config.lora, baked)
     params, folder = _whole(program, trained), model_folder(config.model)
     dtype, variant = config.export.dtype, config.model.variant
-    return write_pipeline(folder, target, jax.device_get(params), dtype, variant)
+    return write_pipeline(folder, target, to_host(params), dtype, variant)
 
 
 def _whole(program: Program, trained: Params) -> Params:

@@ -40,6 +40,7 @@ from ddrl_jax.sharding import (
     make_mesh,
     params_shardings,
     place_batch,
+    put,
     replicated,
 )
 from ddrl_jax.sources import make_source
@@ -106,7 +107,7 @@ def build(config) -> Program:
     objective = make_objective(config, pipeline, kernel, source if needs_data else None)
     tx = make_optimizer(config.optimizer, total_updates(config))
     # Before the weights: a prompt that can not be read is an error without a wait.
-    cond_table = jax.device_put(pipeline.encode(prompts), replicated(mesh))
+    cond_table = put(pipeline.encode(prompts), replicated(mesh))
     decode = _make_decode(pipeline, mesh)
     own = _own_captions(config, pipeline, source, mesh)
     base, shapes, shardings = _initial_params(config, pipeline, mesh)
@@ -153,7 +154,7 @@ def build(config) -> Program:
 def _make_decode(pipeline: Pipeline, mesh: Mesh) -> Callable:
     """x0 -> images; a decoder's weights are put on the mesh once, and are arguments."""
     # a plain function becomes a Partial without leaves
-    placed = jax.device_put(Partial(pipeline.decode), replicated(mesh))
+    placed = put(Partial(pipeline.decode), replicated(mesh))
     return partial(jax.jit(lambda decode, x0: decode(x0)), placed)
 
 
@@ -214,7 +215,7 @@ def _initial_params(config, pipeline: Pipeline, mesh: Mesh):
     key = jax.random.fold_in(jax.random.key(config.seed), 7)
     base = jax.jit(pipeline.init, out_shardings=shardings)(key)
     if (loaded := pipeline.load()) is not None:
-        base["params"] = jax.tree.map(jax.device_put, loaded, shardings["params"])
+        base["params"] = jax.tree.map(put, loaded, shardings["params"])
     part = "lora" if config.lora.rank else "params"
     return base, shapes[part], shardings[part]
 
@@ -262,7 +263,7 @@ def _own_captions(config, pipeline: Pipeline, source, mesh: Mesh) -> Captions | 
     require_records(len(rows), config.data.heldout)
     table = None
     if source.cond is None:
-        table = jax.device_put(pipeline.encode(unique), replicated(mesh))
+        table = put(pipeline.encode(unique), replicated(mesh))
     return Captions(table, rows, len(rows) - config.data.heldout)
 
 

@@ -14,6 +14,7 @@ from ddrl_jax.evaluate import chunks_of, make_sampler
 from ddrl_jax.learner import TrainState
 from ddrl_jax.program import Program, build
 from ddrl_jax.resume import start
+from ddrl_jax.sharding import to_host
 from ddrl_jax.workdir import open_workdir
 
 SAMPLE_STREAM = 3_000_017  # folded into the seed: noise of its own
@@ -55,6 +56,6 @@ def _draw(
     parts = list(chunks_of(program, root, index))
     for part in tqdm(parts, disable=not config.log.progress, unit="batch"):
         rows = index[done : done + size]
-        images = jax.device_get(sample(state.average, program.frozen, *part))
+        images = to_host(sample(state.average, program.frozen, *part))
         yield images[: len(rows)], tuple(program.prompts[i] for i in rows)
         done += size

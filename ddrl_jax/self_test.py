@@ -9,7 +9,7 @@ from ddrl_jax.draws import draw_chunks
 from ddrl_jax.errors import UserError
 from ddrl_jax.learner import TrainState, accumulate, policy_items, policy_loss
 from ddrl_jax.program import Program
-from ddrl_jax.sharding import place_batch
+from ddrl_jax.sharding import place_batch, to_host
 
 
 def ratio_deviations(program: Program, state: TrainState) -> dict[str, np.ndarray]:
@@ -47,7 +47,7 @@ def ratio_deviations(program: Program, state: TrainState) -> dict[str, np.ndarra
         trajectory=trajectory, old_log_prob=trajectory.log_prob, advantages=ones
     )
     replayed = program.recompute(state.params, program.frozen, chunk)
-    plain = np.abs(np.expm1(np.asarray(replayed - trajectory.log_prob)))
+    plain = np.abs(np.expm1(to_host(replayed - trajectory.log_prob)))
     inside = _deviations_in_update(program, state, chunk)
     return {"replay": plain.max(axis=1), "update": inside}
 
@@ -67,7 +67,7 @@ def _deviations_in_update(program: Program, state: TrainState, chunk) -> np.ndar
         return jax.lax.scan(body, zeros, policy_items((chunk,)))
 
     _, deviation = scan(state.params, program.frozen, program.reference, chunk)
-    return np.asarray(deviation)
+    return to_host(deviation)
 
 
 def check_ratio(program: Program, state: TrainState) -> None:

@@ -2,10 +2,13 @@
 
 import math
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -75,16 +78,64 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, P())
 
 
-def place_batch(mesh: Mesh, tree: Any, axis: int = 0) -> Any:
-    """Puts arrays on the mesh, split over (data, fsdp) along `axis`."""
+def put(tree: Any, sharding: NamedSharding) -> Any:
+    """Puts values that every process has whole on a mesh; each takes its shards.
+
+    Args:
+      tree: of NumPy arrays, arrays of this process, or arrays on a mesh already.
+      sharding: of every leaf, maybe over devices of several processes.
+    """
 
     def place(x):
-        spec = P(*(None,) * axis, ("data", "fsdp"))
-        return jax.device_put(x, NamedSharding(mesh, spec))
+        elsewhere = isinstance(x, jax.Array) and not x.is_fully_addressable
+        if sharding.is_fully_addressable or elsewhere:
+            return jax.device_put(x, sharding)
+        if isinstance(x, jax.Array) and jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+            return jax.random.wrap_key_data(place(jax.random.key_data(x)))
+        host = np.asarray(x)
+        return jax.make_array_from_callback(host.shape, sharding, lambda i: host[i])
 
     return jax.tree.map(place, tree)
 
 
+def place_batch(mesh: Mesh, tree: Any, axis: int = 0) -> Any:
+    """Puts arrays on the mesh, split over (data, fsdp) along `axis`."""
+    return put(tree, NamedSharding(mesh, P(*(None,) * axis, ("data", "fsdp"))))
+
+
+def place_fetched(mesh: Mesh, numbers: np.ndarray, fetch: Any) -> Any:
+    """The records of a batch on the mesh; each process fetches the rows it holds.
+
+    Args:
+      mesh: of all processes.
+      numbers: [b] record of each row.
+      fetch: record numbers [n] -> tree of arrays with leading axis n.
+    """
+    sharding = NamedSharding(mesh, P(("data", "fsdp")))
+    if sharding.is_fully_addressable:
+        return place_batch(mesh, fetch(numbers))
+    held = sharding.addressable_devices_indices_map(numbers.shape).values()
+    rows = np.unique(np.concatenate([np.arange(len(numbers))[i] for i in held]))
+
+    def place(x):
+        x, shape = np.asarray(x), (len(numbers), *x.shape[1:])
+        own = lambda i: x[np.searchsorted(rows, np.arange(len(numbers))[i[0]])]  # noqa: E731
+        return jax.make_array_from_callback(shape, sharding, own)
+
+    return jax.tree.map(place, fetch(numbers[rows]))
+
+
 def to_host(tree: Any) -> Any:
-    """Copies a tree of arrays to NumPy in one transfer."""
+    """Copies a tree of arrays to NumPy; what is spread over processes comes whole.
+
+    Every process has to call it for the same tree.
+    """
+
+    def spread(x):
+        if not isinstance(x, jax.Array):
+            return False
+        return not (x.is_fully_addressable or x.is_fully_replicated)
+
+    gather = partial(multihost_utils.process_allgather, tiled=True)
+    tree = jax.tree.map(lambda x: gather(x) if spread(x) else x, tree)
     return jax.tree.map(np.asarray, jax.device_get(tree))
