@@ -16,6 +16,7 @@ def get_config() -> ConfigDict:
 
     c.model = ConfigDict()
     c.model.name = "emoji"  # the pipeline: "emoji" | "stable_diffusion" (1.x and 2.x)
+    # | "video_dit" (no weights exist: it is planned, or random and small)
     c.model.init = "assets"  # "assets" (shipped weights). emoji: also "random", or the
     # path of an .npz written by --mode=export. stable_diffusion: a diffusers folder or
     # "owner/name" on the hub; its assets are a tiny random one for ":smoke"
@@ -23,7 +24,7 @@ def get_config() -> ConfigDict:
     c.model.variant = ""  # of the weight files: "" | "fp16" | ...
     c.model.vae_dtype = "float32"  # of the autoencoder
     c.model.vae_at_once = 1  # pictures decoded at a time
-    # width, depth, heads and patch are the emoji network's
+    # width, depth, heads and patch are those of the emoji and the video network
     c.model.width = 192  # channels of the transformer
     c.model.depth = 6  # blocks
     c.model.heads = 6  # attention heads
@@ -34,6 +35,15 @@ def get_config() -> ConfigDict:
     )
     c.model.attention = "xla"  # "xla" | "chunked" (memory of 1,024 queries at a time)
     c.model.remat = "none"  # "none" | "full": recompute block activations
+
+    c.model.video = ConfigDict()  # video_dit
+    c.model.video.frames = 21  # of latents
+    c.model.video.height = 60  # latents
+    c.model.video.width = 104  # latents
+    c.model.video.channels = 16  # of a latent
+    c.model.video.mlp = 13824  # hidden width of the feed-forward layers
+    c.model.video.text_tokens = 512  # of a prompt
+    c.model.video.text_width = 4096  # of the text encoder's states
 
     c.lora = ConfigDict()
     c.lora.rank = 0  # 0: all weights are trained

@@ -62,7 +62,8 @@ def _check_names(config: Any) -> None:
 
 def _check_solver(config: Any) -> None:
     require(
-        config.model.name == "emoji" or config.evaluate.solver not in METHODS,
+        config.model.name != "stable_diffusion"
+        or config.evaluate.solver not in METHODS,
         "the solver belongs to flow networks",
         got=f'evaluate.solver "{config.evaluate.solver}"',
         wanted='"ddim" or "rollout" for Stable Diffusion',
@@ -81,6 +82,8 @@ def _check_network(config: Any) -> None:
     )
     if model.name == "emoji":
         _check_emoji(model, lora)
+    elif model.name == "video_dit":
+        check_video(model)
     else:
         require(
             model.init != "random",
@@ -134,6 +137,28 @@ def _check_emoji(model: Any, lora: Any) -> None:
         )
 
 
+def check_video(model: Any) -> None:
+    """Heads share the width, and patches cut the latents without a rest.
+
+    Raises:
+      UserError: names the two numbers that do not fit.
+    """
+    video = model.video
+    parts = (
+        ("model.width", model.width, "model.heads times 2", 2 * model.heads),
+        ("model.video.height", video.height, "model.patch", model.patch),
+        ("model.video.width", video.width, "model.patch", model.patch),
+    )
+    for whole, size, part, divisor in parts:
+        require(
+            size % divisor == 0,
+            f"{whole} is not divisible by {part}",
+            got=f"{size} and {divisor}",
+            wanted=f"a multiple of {divisor}",
+            way_out=f"change {whole}",
+        )
+
+
 def _check_data(config: Any) -> None:
     data = config.data
     require(
@@ -143,8 +168,11 @@ def _check_data(config: Any) -> None:
         wanted="min_scale <= max_scale",
         way_out="swap them",
     )
-    emoji = config.model.name == "emoji"
-    fitting = ("emoji", "samples") if emoji else ("folder", "tfds", "samples")
+    sources = {
+        "emoji": ("emoji", "samples"),
+        "stable_diffusion": ("folder", "tfds", "samples"),
+    }
+    fitting = sources.get(config.model.name, ())
     require(
         data.source in (*fitting, "none"),
         f"{config.model.name} can not be trained on this data",

@@ -33,7 +33,7 @@ def check_objective(config: Any) -> None:
 
 def _prediction(config: Any) -> str:
     """Whose noise levels the sampler must stay in; eps stands for v too."""
-    return "velocity" if config.model.name == "emoji" else "eps"
+    return "eps" if config.model.name == "stable_diffusion" else "velocity"
 
 
 def _check_weights(config: Any) -> None:

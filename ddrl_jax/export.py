@@ -19,8 +19,8 @@ from ddrl_jax.workdir import open_workdir
 def export_mode(config: Any, workdir: str) -> None:
     """Writes WORKDIR/export/EPOCH: what the weights are used by is the model's matter.
 
-    The emoji model: one .npz in half precision, a LoRA merged into it. Stable
-    Diffusion: a diffusers pipeline folder, or for a LoRA the file that
+    The emoji and the video network: one .npz in half precision, a LoRA merged into
+    it. Stable Diffusion: a diffusers pipeline folder, or for a LoRA the file that
     `pipe.load_lora_weights` takes (config.export.merge_lora for the folder).
 
     Args:
@@ -42,13 +42,13 @@ def export_mode(config: Any, workdir: str) -> None:
             way_out="train first, or correct --workdir",
         )
     target = Path(home.root) / "export" / f"{epoch:06d}"
-    write = {"emoji": _emoji, "stable_diffusion": _diffusers}[config.model.name]
+    write = _diffusers if config.model.name == "stable_diffusion" else _archive
     print(
         f"exported epoch {epoch}: {write(program, state.average, target)}", flush=True
     )
 
 
-def _emoji(program: Program, trained: Params, target: Path) -> Path:
+def _archive(program: Program, trained: Params, target: Path) -> Path:
     target = target.with_suffix(".npz")
     if target.exists():
         raise UserError(

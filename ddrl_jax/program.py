@@ -33,6 +33,7 @@ from ddrl_jax.learner import (
 )
 from ddrl_jax.models.emoji import emoji_pipeline
 from ddrl_jax.models.stable_diffusion import stable_diffusion_pipeline
+from ddrl_jax.models.video_pipeline import video_dit_pipeline
 from ddrl_jax.optim import make_optimizer
 from ddrl_jax.rollout import guided, make_score, rollout, step_times
 from ddrl_jax.sharding import (
@@ -48,6 +49,7 @@ from ddrl_jax.sources import make_source
 PIPELINES = {
     "emoji": emoji_pipeline,
     "stable_diffusion": stable_diffusion_pipeline,
+    "video_dit": video_dit_pipeline,
 }
 DATA_STREAM = (
     1_000_003  # folded into the seed, so data draws never repeat rollout noise

@@ -44,6 +44,7 @@ IMPORT_TABLE: dict[str, tuple[str, ...]] = {
     "diffusion": ("diffusion",),
     "objectives": ("objectives", "diffusion"),
     "models": ("models",),
+    "models.video_layout": ("models", "sharding"),
     "rewards": (
         "rewards",
         "models.clip",

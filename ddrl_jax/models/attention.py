@@ -4,7 +4,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-QUERY_CHUNK = 1024  # queries at once, where attention is chunked
+QUERY_CHUNK = 1024  # queries at once, at most, where attention is chunked
+LEAST_CHUNK = 128  # fewer would be a loop of slivers: then all queries at once
 
 
 def _xla(q: Array, k: Array, v: Array, mask: Array | None) -> Array:
@@ -21,14 +22,17 @@ def _xla(q: Array, k: Array, v: Array, mask: Array | None) -> Array:
 
 
 def _chunked(q: Array, k: Array, v: Array, mask: Array | None) -> Array:
-    """`_xla` for QUERY_CHUNK queries at a time, recomputed in the backward pass.
+    """`_xla` for some queries at a time, recomputed in the backward pass.
+
+    The largest number that divides them, at most QUERY_CHUNK: 936 of 32,760.
 
     The weights of a whole picture of 512 px are 0.5 GB a sample; of a chunk 0.13 GB.
     """
     b, length, heads, dim = q.shape
-    if length <= QUERY_CHUNK or length % QUERY_CHUNK:
+    size = next(n for n in range(min(length, QUERY_CHUNK), 0, -1) if length % n == 0)
+    if size == length or size < LEAST_CHUNK:
         return _xla(q, k, v, mask)
-    parts = q.reshape(b, -1, QUERY_CHUNK, heads, dim).swapaxes(0, 1)
+    parts = q.reshape(b, -1, size, heads, dim).swapaxes(0, 1)
     mixed = jax.lax.map(jax.checkpoint(lambda part: _xla(part, k, v, mask)), parts)
     return mixed.swapaxes(0, 1).reshape(b, length, heads, v.shape[-1])
 

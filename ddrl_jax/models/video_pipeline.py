@@ -1,0 +1,114 @@
+"""The text-to-video pipeline: shapes and a network, for which no weights exist yet.
+
+It is what `--mode=plan` plans. `model.init` "random" makes it run end to end at small
+sizes, with stand-ins for the two parts that are missing: a prompt's words are random
+vectors, each a function of the word, and a picture is three channels of frame one.
+"""
+
+import zlib
+from collections.abc import Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+from jax.tree_util import Partial
+from jaxtyping import Array, Float, UInt8
+
+from ddrl_jax.errors import UserError
+from ddrl_jax.interfaces import Cond, Params, Pipeline
+from ddrl_jax.models.video_dit import VideoDiT
+from ddrl_jax.models.video_layout import Layout
+
+
+def video_dit_pipeline(config: Any, mesh: Mesh | None = None) -> Pipeline:
+    """Builds the pipeline of config.model and config.lora; computes nothing.
+
+    Args:
+      config: the whole configuration.
+      mesh: on which the network will run; None is one device.
+    """
+    model, video = config.model, config.model.video
+    network = VideoDiT(
+        width=model.width,
+        depth=model.depth,
+        heads=model.heads,
+        mlp=video.mlp,
+        patch=model.patch,
+        layout=Layout(mesh, model.attention),
+        dtype=model.dtype,
+        remat=model.remat,
+        rank=config.lora.rank,
+        alpha=config.lora.alpha,
+    )
+    shape = (video.frames, video.height, video.width, video.channels)
+    words = (video.text_tokens, video.text_width)
+    boxed_init, denoise = _functions(network, model.patch, video)
+    shapes = jax.eval_shape(boxed_init, jax.random.key(0))
+    return Pipeline(
+        encode=lambda prompts: Cond(jnp.asarray(word_vectors(prompts, *words))),
+        uncond=Cond(jnp.zeros((1, *words), jnp.float32)),
+        init=lambda key: nn.meta.unbox(boxed_init(key)),
+        denoise=denoise,
+        decode=Partial(first_frame),
+        axes=jax.tree.map(
+            tuple, nn.get_partition_spec(shapes), is_leaf=lambda s: isinstance(s, P)
+        ),
+        latent_shape=shape,
+        prediction="velocity",
+        load=lambda: _load(model.init),
+        fingerprint="random",
+    )
+
+
+def _functions(network: VideoDiT, patch: int, video: Any):
+    """(key -> trees with their axes, the denoise of a Pipeline)."""
+    # No weight's shape depends on the size of the video, so the example is small.
+    example = (
+        jnp.zeros((1, 1, patch, patch, video.channels)),
+        jnp.zeros(1),
+        jnp.zeros((1, 1, video.text_width)),
+    )
+
+    def boxed_init(key: Array) -> Params:
+        params_key, lora_key = jax.random.split(key)
+        trees = network.init({"params": params_key, "lora": lora_key}, *example)
+        return {"params": trees["params"], "lora": trees.get("lora")}
+
+    def denoise(params, lora, z, time, cond) -> Any:
+        trees = {"params": params} | ({} if lora is None else {"lora": lora})
+        return network.apply(trees, z, time, cond.emb)
+
+    return boxed_init, denoise
+
+
+def word_vectors(
+    prompts: Sequence[str], tokens: int, width: int
+) -> Float[np.ndarray, "b l d"]:
+    """A unit Gaussian vector for each word, by its checksum; 0 past the last word."""
+    out = np.zeros((len(prompts), tokens, width), np.float32)
+    for row, prompt in enumerate(prompts):
+        for column, word in enumerate(prompt.lower().split()[:tokens]):
+            random = np.random.default_rng(zlib.crc32(word.encode()))
+            out[row, column] = random.standard_normal(width, np.float32)
+    return out
+
+
+def first_frame(x0: Float[Array, "b f h w c"]) -> UInt8[Array, "b h w rgb"]:
+    """Three channels of the first frame, [-1, 1] to uint8."""
+    pixels = jnp.clip(jnp.round((x0[:, 0, :, :, :3] + 1.0) * 127.5), 0, 255)
+    return pixels.astype(jnp.uint8)
+
+
+def _load(init: str) -> None:
+    """No weights: right for a random start, an error where others were asked for."""
+    if init != "random":
+        raise UserError(
+            "there are no weights of the text-to-video network",
+            got=f"model.init {init!r}",
+            wanted='model.init "random", or --mode=plan, which needs none',
+            way_out="the network is planned at full size and run at small ones",
+        )
