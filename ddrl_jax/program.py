@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from jax.sharding import Mesh
 from jax.tree_util import Partial
 
@@ -26,7 +25,6 @@ from ddrl_jax.learner import (
     Minibatch,
     Objective,
     TrainState,
-    init_state,
     make_advantages,
     make_recompute,
     make_update,
@@ -39,12 +37,12 @@ from ddrl_jax.rollout import guided, make_score, rollout, step_times
 from ddrl_jax.sharding import (
     batch_shares,
     make_mesh,
-    params_shardings,
     place_batch,
     put,
     replicated,
 )
 from ddrl_jax.sources import make_source
+from ddrl_jax.weights import describe_weights
 
 PIPELINES = {
     "emoji": emoji_pipeline,
@@ -112,11 +110,9 @@ def build(config) -> Program:
     cond_table = put(pipeline.encode(prompts), replicated(mesh))
     decode = _make_decode(pipeline, mesh)
     own = _own_captions(config, pipeline, source, mesh)
-    base, shapes, shardings = _initial_params(config, pipeline, mesh)
-    frozen, trainable = _split(config, base)
-    fresh = partial(init_state, tx=tx, decay=config.optimizer.ema_decay)
-    states = _state_shardings(shapes, shardings, fresh, tx, mesh)
-    start = jax.jit(fresh, out_shardings=states)
+    weights = describe_weights(config, pipeline, tx, mesh)
+    states = jax.tree.map(lambda leaf: leaf.sharding, weights.abstract)
+    frozen = weights.frozen()
     return Program(
         config=config,
         mesh=mesh,
@@ -130,9 +126,9 @@ def build(config) -> Program:
         captions=own,
         objective=objective,
         frozen=frozen,
-        reference=_reference(config, frozen, trainable),
-        new_state=lambda: start(trainable),
-        abstract_state=lambda: _abstract(shapes, states, fresh),
+        reference=weights.reference(frozen),
+        new_state=weights.new_state,
+        abstract_state=lambda: weights.abstract,
         prepare=_make_prepare(
             config, mesh, cond_table, own, source if needs_data else None
         ),
@@ -158,14 +154,6 @@ def _make_decode(pipeline: Pipeline, mesh: Mesh) -> Callable:
     # a plain function becomes a Partial without leaves
     placed = put(Partial(pipeline.decode), replicated(mesh))
     return partial(jax.jit(lambda decode, x0: decode(x0)), placed)
-
-
-def _reference(config, frozen: Params, trainable: Params):
-    """The starting policy, where a KL is taken to it; of a LoRA it is the base."""
-    if not config.policy.kl_weight:
-        return None
-    copy = None if config.lora.rank else jax.tree.map(jnp.copy, trainable)
-    return (copy, frozen)
 
 
 def chunk_size(config, mesh: Mesh) -> int:
@@ -206,53 +194,6 @@ def make_objective(config, pipeline, kernel, source) -> Objective:
         uncond=pipeline.uncond,
         latent_shape=pipeline.latent_shape,
         prediction=pipeline.prediction,
-    )
-
-
-def _initial_params(config, pipeline: Pipeline, mesh: Mesh):
-    """The starting weights on their shards, with the shapes and shardings of what is
-    trained."""
-    shapes = jax.eval_shape(pipeline.init, jax.random.key(0))
-    shardings = params_shardings(pipeline.axes, shapes, mesh)
-    key = jax.random.fold_in(jax.random.key(config.seed), 7)
-    base = jax.jit(pipeline.init, out_shardings=shardings)(key)
-    if (loaded := pipeline.load()) is not None:
-        base["params"] = jax.tree.map(put, loaded, shardings["params"])
-    part = "lora" if config.lora.rank else "params"
-    return base, shapes[part], shardings[part]
-
-
-def _split(config, base: dict) -> tuple[Params, Params]:
-    """(frozen, trainable)."""
-    if config.lora.rank:
-        return base["params"], base["lora"]
-    return {}, base["params"]
-
-
-def _state_shardings(shapes, shardings, fresh, tx, mesh: Mesh) -> TrainState:
-    """Shardings of a TrainState: moments follow their parameter, scalars replicate."""
-    state = jax.eval_shape(fresh, shapes)
-    everywhere = replicated(mesh)
-    opt = optax.tree.map_params(
-        tx,
-        lambda _, sharding: sharding,
-        state.opt_state,
-        shardings,
-        transform_non_params=lambda _: everywhere,
-    )
-    return state._replace(
-        step=everywhere,
-        params=shardings,
-        opt_state=opt,
-        ema=None if state.ema is None else shardings,
-        bad_updates=everywhere,
-    )
-
-
-def _abstract(shapes, states: TrainState, fresh) -> TrainState:
-    state = jax.eval_shape(fresh, shapes)
-    return jax.tree.map(
-        lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), state, states
     )
 
 

@@ -28,6 +28,7 @@ PARTS = ("diffusion", "objectives", "models", "rewards", "data", "rollout", "lea
 PARTS += ("terms",)
 RUN = (
     "sources",
+    "weights",
     "program",
     "draws",
     "collect",

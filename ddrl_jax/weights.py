@@ -1,0 +1,107 @@
+"""Where a run's weights come from and where they live: shapes, shards, starting values.
+
+Shapes and shardings need no memory. What allocates is called, never built in advance:
+a run that goes on from a checkpoint does not make starting weights first.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import optax
+from jax.sharding import Mesh
+
+from ddrl_jax.interfaces import Params, Pipeline
+from ddrl_jax.learner import TrainState, init_state
+from ddrl_jax.sharding import params_shardings, put, replicated
+
+
+class Weights(NamedTuple):
+    """The starting weights of a run, described but not made."""
+
+    config: Any
+    pipeline: Pipeline
+    shapes: dict[str, Params]  # "params", and "lora" where there is one
+    shardings: dict[str, Params]
+    abstract: TrainState  # shapes with shardings
+    fresh: Callable[[Params], TrainState]  # jitted, takes its argument over
+
+    @property
+    def trained(self) -> str:
+        """Which part is trained: "lora" or "params"."""
+        return "lora" if self.config.lora.rank else "params"
+
+    def frozen(self) -> Params:
+        """Makes what is never trained: the base under a LoRA, else nothing."""
+        return self.base() if self.trained == "lora" else {}
+
+    def reference(self, frozen: Params) -> Any:
+        """Makes the starting policy where a KL is taken to it, as (params, frozen)."""
+        if not self.config.policy.kl_weight:
+            return None
+        return (None, frozen) if self.trained == "lora" else (self.base(), frozen)
+
+    def new_state(self) -> TrainState:
+        """Makes the state before the first update."""
+        lora = self.trained == "lora"
+        return self.fresh(self._initial("lora") if lora else self.base())
+
+    def base(self) -> Params:
+        """Makes the network's weights, loaded or random, each on its shards only."""
+        loaded = self.pipeline.load()
+        if loaded is None:
+            return self._initial("params")
+        return jax.tree.map(put, loaded, self.shardings["params"])
+
+    def _initial(self, part: str) -> Params:
+        key = jax.random.fold_in(jax.random.key(self.config.seed), 7)
+        init = lambda k: self.pipeline.init(k)[part]  # noqa: E731
+        return jax.jit(init, out_shardings=self.shardings[part])(key)
+
+
+def describe_weights(
+    config: Any, pipeline: Pipeline, tx: optax.GradientTransformation, mesh: Mesh
+) -> Weights:
+    """Resolves every weight and moment to its shards; allocates nothing.
+
+    Args:
+      config: the whole configuration.
+      pipeline: the model.
+      tx: the optimizer.
+      mesh: of the run.
+    """
+    shapes = jax.eval_shape(pipeline.init, jax.random.key(0))
+    shardings = params_shardings(pipeline.axes, shapes, mesh)
+    part = "lora" if config.lora.rank else "params"
+
+    def fresh(params: Params) -> TrainState:
+        return init_state(params, tx, config.optimizer.ema_decay)
+
+    state = jax.eval_shape(fresh, shapes[part])
+    states = _state_shardings(state, shardings[part], tx, mesh)
+    abstract = jax.tree.map(
+        lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), state, states
+    )
+    start = jax.jit(fresh, out_shardings=states, donate_argnums=0)
+    return Weights(config, pipeline, shapes, shardings, abstract, start)
+
+
+def _state_shardings(
+    state: TrainState, shardings: Params, tx: Any, mesh: Mesh
+) -> TrainState:
+    """Shardings of a TrainState: moments follow their parameter, scalars replicate."""
+    everywhere = replicated(mesh)
+    opt = optax.tree.map_params(
+        tx,
+        lambda _, sharding: sharding,
+        state.opt_state,
+        shardings,
+        transform_non_params=lambda _: everywhere,
+    )
+    return state._replace(
+        step=everywhere,
+        params=shardings,
+        opt_state=opt,
+        ema=None if state.ema is None else shardings,
+        bad_updates=everywhere,
+    )
