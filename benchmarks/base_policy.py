@@ -21,7 +21,7 @@ from ddrl_jax.evaluate import chunks_of, make_sampler
 from ddrl_jax.pictures import grid, save_png
 from ddrl_jax.program import Program, build
 from ddrl_jax.rewards.compressibility import jpeg_kilobytes
-from ddrl_jax.rewards.retrieval import load_judge, retrieval
+from ddrl_jax.rewards.retrieval import Retrieval, load_judge
 
 NOISE_STREAM = 4_000_037
 
@@ -52,7 +52,7 @@ def main() -> None:
     config.prompts.update(per_epoch=64, group_size=1)
     program, out = build(config), Path(options.out)
     text = tuple(program.prompts[i % 256] for i in range(options.samples))
-    judge = retrieval(load_judge(), program.prompts)
+    judge = Retrieval(load_judge())
     rows = []
     for guidance in options.guidance:
         begin = time.perf_counter()

@@ -11,7 +11,7 @@ from ddrl_jax.diffusion.kernels import make_kernel
 from ddrl_jax.diffusion.schedules import flow_sigmas
 from ddrl_jax.diffusion.solvers import solve
 from ddrl_jax.draws import draw_records, draw_trained_steps
-from ddrl_jax.interfaces import Cond, DataSource
+from ddrl_jax.interfaces import Cond, DataSource, Reward
 from ddrl_jax.learner import TrainState
 from ddrl_jax.metrics import Metrics
 from ddrl_jax.objectives.data import noised, prediction_loss
@@ -19,7 +19,7 @@ from ddrl_jax.pictures import grid
 from ddrl_jax.program import Program
 from ddrl_jax.rewards.diversity import diversity
 from ddrl_jax.rewards.pool import RewardPool
-from ddrl_jax.rewards.registry import make_rewards
+from ddrl_jax.rewards.registry import check_prompts, check_rewards, make_rewards
 from ddrl_jax.rewards.retrieval import load_judge
 from ddrl_jax.rollout import guided, initial_noise, rollout, step_times
 from ddrl_jax.sharding import place_batch, place_fetched, to_host
@@ -34,15 +34,19 @@ class Evaluation:
 
     Args:
       program: the run.
+      judges: the rewards of weights and heldout.
+
+    Raises:
+      UserError: a judge does not know a prompt.
     """
 
-    def __init__(self, program: Program):
+    def __init__(self, program: Program, judges: dict[str, Reward]):
         config = program.config
         self.program, self.count = program, config.evaluate.samples
         self.index = np.arange(self.count, dtype=np.int32) % len(program.prompts)
         self.text = tuple(program.prompts[i] for i in self.index)
-        names = tuple(config.rewards.weights) + tuple(config.rewards.heldout)
-        self.judges = make_rewards(config.rewards, self.text, names=names)
+        self.judges = judges
+        check_prompts(judges, self.text)
         self.features = load_judge().features if _is_emoji(config) else None
         self._sample = make_sampler(program, config.evaluate, config.evaluate.solver)
         source = program.source
@@ -188,13 +192,16 @@ def evaluate_mode(config: Any, workdir: str) -> None:
     from ddrl_jax.workdir import open_workdir
 
     home = open_workdir(workdir, config, exclusive=False)
+    # Before the large model: a file or server that is missing is told at once.
+    judges = make_rewards(config.rewards)
+    check_rewards(judges)
     program = build(config)
     checkpoints = Checkpoints(home.checkpoints, 0, 1, read_only=True)
     epoch, state, _ = start(program, checkpoints)
     log = config.log.copy_and_resolve_references()
     log.tensorboard = log.wandb = False
     with Metrics(home, log) as metrics:
-        values = Evaluation(program).run(state, metrics, epoch)
+        values = Evaluation(program, judges).run(state, metrics, epoch)
     print(f"epoch {epoch}")
     for name, value in sorted(values.items()):
         print(f"{name:32s} {value:.5g}")

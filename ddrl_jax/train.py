@@ -11,6 +11,7 @@ from ddrl_jax.collect import Collected, collect
 from ddrl_jax.draws import draw_chunks
 from ddrl_jax.errors import UserError
 from ddrl_jax.evaluate import Evaluation
+from ddrl_jax.interfaces import Reward
 from ddrl_jax.learner import TrainState
 from ddrl_jax.metrics import Metrics, ProgressBar, Timer
 from ddrl_jax.preemption import Preemption
@@ -18,7 +19,7 @@ from ddrl_jax.program import Program, build
 from ddrl_jax.report import write_report
 from ddrl_jax.resume import samples_per_epoch, save, start
 from ddrl_jax.rewards.pool import RewardPool
-from ddrl_jax.rewards.registry import check_rewards, make_rewards
+from ddrl_jax.rewards.registry import check_prompts, check_rewards, make_rewards
 from ddrl_jax.self_test import check_ratio
 from ddrl_jax.terms import WEIGHTED
 from ddrl_jax.workdir import Workdir, open_workdir
@@ -37,12 +38,15 @@ def train(config: Any, workdir: str) -> None:
       UserError: whatever the user can fix, before any training where possible.
     """
     with open_workdir(workdir, config) as home, Preemption() as stop:
+        # Before the large model: a file or server that is missing is told at once.
+        rewards = make_rewards(config.rewards)
+        check_rewards(rewards)
         program = build(config)
         checkpoints = Checkpoints(
             home.checkpoints, config.checkpoint.every, config.checkpoint.keep
         )
         try:
-            run(program, home, checkpoints, stop)
+            run(program, rewards, home, checkpoints, stop)
         finally:
             checkpoints.close()
         if not stop.requested:
@@ -50,7 +54,11 @@ def train(config: Any, workdir: str) -> None:
 
 
 def run(
-    program: Program, home: Workdir, checkpoints: Checkpoints, stop: Preemption
+    program: Program,
+    rewards: dict[str, Reward],
+    home: Workdir,
+    checkpoints: Checkpoints,
+    stop: Preemption,
 ) -> None:
     """The loop itself, from the newest checkpoint to the last epoch."""
     config = program.config
@@ -61,9 +69,9 @@ def run(
     home.truncate_metrics(epoch if epoch else -1)
     if config.policy.weight and config.policy.term not in WEIGHTED:
         check_ratio(program, state)
-    evaluation, timer = Evaluation(program), Timer()
+    evaluation, timer = Evaluation(program, rewards), Timer()
     with (
-        make_pool(config) as pool,
+        make_pool(program, rewards) as pool,
         Metrics(home, config.log, resume_step=epoch) as metrics,
         ProgressBar(config.train.epochs, config.log.progress, epoch) as bar,
     ):
@@ -134,13 +142,12 @@ def update_epoch(
     return state, _summary(history) | {"bad_updates": int(bad)}
 
 
-def make_pool(config: Any) -> RewardPool:
+def make_pool(program: Program, rewards: dict[str, Reward]) -> RewardPool:
     """The trained rewards on their threads."""
-    r = config.rewards
-    names = tuple(r.weights) if config.policy.weight else ()
-    rewards = make_rewards(r, names=names)
-    check_rewards(rewards)
-    return RewardPool(rewards, r.threads, r.timeout, r.on_failure)
+    config, r = program.config, program.config.rewards
+    trained = {n: rewards[n] for n in r.weights} if config.policy.weight else {}
+    check_prompts(trained, program.prompts)
+    return RewardPool(trained, r.threads, r.timeout, r.on_failure)
 
 
 def speeds(config: Any, values: dict, epoch: int) -> dict[str, float]:

@@ -13,6 +13,7 @@ from ddrl_jax.diffusion.gaussian import Gaussian
 from ddrl_jax.draws import draw_chunks
 from ddrl_jax.errors import UserError
 from ddrl_jax.metrics import Metrics
+from ddrl_jax.rewards.registry import make_rewards
 from ddrl_jax.rollout import transition
 
 
@@ -36,6 +37,11 @@ def no_judge(monkeypatch):
     monkeypatch.setattr(evaluate, "load_judge", lambda: Features)
 
 
+def evaluation_of(program):
+    judges = make_rewards(program.config.rewards)
+    return evaluate.Evaluation(program, judges)
+
+
 def changed(program, **settings):
     """The program with other keys in config.evaluate."""
     config = program.config.copy_and_resolve_references()
@@ -54,12 +60,12 @@ def noise_of(program, count):
 
 
 def test_prompts_are_repeated_in_order(run):
-    assert evaluate.Evaluation(run[0]).text == (*WORDS, *WORDS[:2])
+    assert evaluation_of(run[0]).text == (*WORDS, *WORDS[:2])
 
 
 def test_pictures_are_an_euler_solve_from_fixed_noise(run):
     program, state = run
-    found = evaluate.Evaluation(program).sample(state.ema)
+    found = evaluation_of(program).sample(state.ema)
     z, _ = noise_of(program, 6)
     cond = program.pipeline.encode((*WORDS, *WORDS[:2]))
     denoise = jax.jit(program.pipeline.denoise)
@@ -74,21 +80,21 @@ def test_pictures_are_an_euler_solve_from_fixed_noise(run):
 
 def test_a_picture_does_not_depend_on_how_many_there_are(run):
     program, state = run
-    six = evaluate.Evaluation(program).sample(state.ema)
-    three = evaluate.Evaluation(changed(program, samples=3)).sample(state.ema)
+    six = evaluation_of(program).sample(state.ema)
+    three = evaluation_of(changed(program, samples=3)).sample(state.ema)
     np.testing.assert_array_equal(three, six[:3])
 
 
 def test_guidance_is_that_of_the_evaluation(run):
     program, state = run
-    plain = evaluate.Evaluation(program).sample(state.ema)
-    strong = evaluate.Evaluation(changed(program, guidance_scale=4.0))
+    plain = evaluation_of(program).sample(state.ema)
+    strong = evaluation_of(changed(program, guidance_scale=4.0))
     assert np.abs(strong.sample(state.ema).astype(int) - plain).max() > 5
 
 
 def test_the_sampler_of_training_with_its_noise(run):
     program, state = run
-    found = evaluate.Evaluation(changed(program, solver="rollout")).sample(state.ema)
+    found = evaluation_of(changed(program, solver="rollout")).sample(state.ema)
     x, keys = noise_of(program, 4)
     cond = program.pipeline.encode(WORDS)
     network = jax.jit(program.objective.apply)
@@ -102,7 +108,7 @@ def test_the_sampler_of_training_with_its_noise(run):
         x = step.mean + np.asarray(step.std)[:, None, None, None] * jnp.stack(fresh)
     expected = np.clip((np.asarray(x) + 1.0) * 127.5, 0, 255)
     assert np.abs(found[:4] - expected).max() < 0.51
-    plain = evaluate.Evaluation(program).sample(state.ema)
+    plain = evaluation_of(program).sample(state.ema)
     assert np.abs(found.astype(int) - plain).max() > 20
 
 
@@ -124,7 +130,7 @@ def test_data_loss_of_a_network_that_says_0():
     # Then the loss is mean (eps - x0)^2 = 1 + x0^2; record i is a page of i / 8.
     program = tiny_program({"evaluate.data_samples": 400}, flat_source())
     state = program.new_state()
-    found = evaluate.Evaluation(program).data_loss(state.ema)
+    found = evaluation_of(program).data_loss(state.ema)
     levels = np.arange(4) / 8
     assert found == pytest.approx(1 + (levels**2).mean(), abs=0.01)
 
@@ -132,10 +138,10 @@ def test_data_loss_of_a_network_that_says_0():
 def test_data_loss_counts_no_padding(run, monkeypatch):
     program, state = run
     six = changed(program, data_samples=6)
-    loss = evaluate.Evaluation(six).data_loss(state.ema)
-    assert loss == evaluate.Evaluation(six).data_loss(state.ema)
+    loss = evaluation_of(six).data_loss(state.ema)
+    assert loss == evaluation_of(six).data_loss(state.ema)
     parts = [
-        evaluate.Evaluation(changed(program, data_samples=n)).data_loss(state.ema)
+        evaluation_of(changed(program, data_samples=n)).data_loss(state.ema)
         for n in (4, 5, 6)
     ]
     assert parts[2] == loss and len(set(parts)) == 3
@@ -157,7 +163,7 @@ def test_values_and_pictures(run, metrics, tmp_path):
     program = changed(program, pictures=3)
     # The trained weights are never looked at, only their average.
     broken = jax.tree.map(lambda a: jnp.full_like(a, jnp.nan), state.params)
-    evaluation = evaluate.Evaluation(program)
+    evaluation = evaluation_of(program)
     values = evaluation.run(state._replace(params=broken), metrics, 7)
     assert set(values) == {
         "evaluation/compressibility/mean",
@@ -176,7 +182,7 @@ def test_held_out_judges_have_a_name_of_their_own(run):
     program = run[0]
     config = program.config.copy_and_resolve_references()
     config.rewards.heldout = ("incompressibility",)
-    found = evaluate.Evaluation(program._replace(config=config))
+    found = evaluation_of(program._replace(config=config))
     images = np.random.default_rng(0).integers(0, 256, (6, 16, 16, 3), np.uint8)
     values = found.judged(images)
     assert values["heldout/incompressibility/mean"] == pytest.approx(
@@ -187,7 +193,7 @@ def test_held_out_judges_have_a_name_of_their_own(run):
 
 def test_what_a_judge_can_not_score_is_left_out_where_masking_is_configured(run):
     config = run[0].config.copy_and_resolve_references()
-    found = evaluate.Evaluation(run[0]._replace(config=config))
+    found = evaluation_of(run[0]._replace(config=config))
 
     def half(images, prompts):
         scores = np.arange(len(prompts), dtype=np.float32)
@@ -208,6 +214,6 @@ def test_what_a_judge_can_not_score_is_left_out_where_masking_is_configured(run)
 
 def test_without_data_or_pictures_nothing_is_said_of_them(metrics, tmp_path):
     program = tiny_program({"evaluate.pictures": 0, "evaluate.samples": 2})
-    values = evaluate.Evaluation(program).run(program.new_state(), metrics, 0)
+    values = evaluation_of(program).run(program.new_state(), metrics, 0)
     assert "data/heldout_loss" not in values and values
     assert not (tmp_path / "samples").exists()

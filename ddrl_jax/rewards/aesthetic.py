@@ -17,7 +17,7 @@ import numpy as np
 from jaxtyping import Array, Float, UInt8
 
 from ddrl_jax.errors import UserError
-from ddrl_jax.rewards.clip_folder import CLIP_L, PRECISION, ClipJudge, load_clip
+from ddrl_jax.rewards.clip_folder import CLIP_L, PRECISION, ClipJudge, Load, load_clip
 from ddrl_jax.rewards.tensor_file import read_tensor_file
 
 LAYERS = (0, 2, 4, 6, 7)  # the linear ones; those between are dropout
@@ -112,12 +112,13 @@ class Aesthetic(NamedTuple):
         return np.asarray(aesthetic_score(self.head, jnp.asarray(features)))
 
 
-def aesthetic(head: str, clip: str = CLIP_L) -> Aesthetic:
+def aesthetic(head: str, clip: str = CLIP_L, load: Load = load_clip) -> Aesthetic:
     """Returns the reward.
 
     Args:
       head: path of the head's file.
       clip: folder or hub repository of CLIP ViT-L/14.
+      load: as `load_clip`.
 
     Raises:
       UserError: no head is named, or files that are missing, damaged or do not fit.
@@ -130,7 +131,7 @@ def aesthetic(head: str, clip: str = CLIP_L) -> Aesthetic:
             way_out=f"curl -LO {SOURCE} and name it in --config.rewards.aesthetic_head",
         )
     layers = read_head(Path(head))  # first: it is small, and CLIP is not
-    judge = load_clip(clip, text=False)
+    judge = load(clip, text=False)
     width = layers[0][0].shape[1]
     if width != judge.width:
         raise UserError(

@@ -5,6 +5,7 @@ and the reward is how much of "The image contains {prompt}" its answer recalls
 (BERTScore). The strict variant asks questions and counts right answers.
 """
 
+import importlib
 import logging
 import threading
 from collections.abc import Callable, Mapping, Sequence
@@ -100,6 +101,10 @@ class RightAnswers(NamedTuple):
         """Asks the endpoint one question; see `VlmClient.check_endpoint`."""
         self.client.check_endpoint()
 
+    def check_prompts(self, prompts: Sequence[str]) -> None:
+        """Raises UserError unless every prompt has questions."""
+        questions_of(self.table, prompts)
+
     def counters(self) -> dict[str, int]:
         """Returns requests, retries and failures so far, see `VlmClient.counters`."""
         return self.client.counters()
@@ -143,16 +148,14 @@ def vlm_alignment(config: Any, scorer: Scorer | None = None) -> Alignment:
     return Alignment(client, bertscore_recall(config.vlm.bertscore_model, layers))
 
 
-def vlm_questions(config: Any, captions: Sequence[str] = ()) -> RightAnswers:
+def vlm_questions(config: Any) -> RightAnswers:
     """Builds the strict reward from the `rewards` section.
 
     Args:
       config: vlm (see `endpoint.endpoint_of`; questions and match) and timeout.
-      captions: prompts of the run; one without questions is found now.
 
     Raises:
-      UserError: a setting makes no sense, the question file can not be read, or it
-        lacks a prompt.
+      UserError: a setting makes no sense, or the question file can not be read.
     """
     if config.vlm.match not in MATCHES:
         raise UserError(
@@ -162,9 +165,7 @@ def vlm_questions(config: Any, captions: Sequence[str] = ()) -> RightAnswers:
             way_out="change --config.rewards.vlm.match",
         )
     client = VlmClient(endpoint_of(config.vlm, config.timeout))
-    table = read_questions(config.vlm.questions)
-    questions_of(table, captions)
-    return RightAnswers(client, table, config.vlm.match)
+    return RightAnswers(client, read_questions(config.vlm.questions), config.vlm.match)
 
 
 def bertscore_recall(model: str = MODEL, layers: int | None = None) -> Scorer:
@@ -181,7 +182,8 @@ def bertscore_recall(model: str = MODEL, layers: int | None = None) -> Scorer:
       UserError: bert-score is not installed, or the model can not be loaded.
     """
     try:
-        from bert_score import BERTScorer  # type: ignore[reportMissingImports]
+        # by name: whether it is installed is no matter of the type checker
+        BERTScorer = importlib.import_module("bert_score").BERTScorer
     except ImportError as e:
         raise UserError(
             "the alignment reward needs the package bert-score",

@@ -29,6 +29,8 @@ CHUNK = 16  # pictures or prompts a call: one shape, so each compiles once
 PRECISION = "highest"
 
 Features = Float[np.ndarray, "b d"]
+See = Callable[[Any], Features]
+Load = Callable[..., "ClipJudge"]  # `load_clip`, or `RewardNetworks.clip`
 
 
 class ClipJudge(NamedTuple):
@@ -41,7 +43,7 @@ class ClipJudge(NamedTuple):
       width: d.
     """
 
-    pictures: Callable[[Any], Features]
+    pictures: See
     prompts: Callable[[Sequence[str]], Features] | None
     scale: float
     width: int
@@ -88,8 +90,31 @@ def read_processor(folder: Path) -> Processor:
     return Processor.from_json(part, str(newer))
 
 
+class RewardNetworks:
+    """The CLIPs of a run's rewards: each tower of a folder is on the device once."""
+
+    def __init__(self):
+        self._clips: dict[tuple[str, str], ClipJudge] = {}
+
+    def clip(
+        self, path_or_repo_id: str, processing: str = "", *, text: bool = True
+    ) -> ClipJudge:
+        """As `load_clip`, or what an earlier call loaded."""
+        key = (path_or_repo_id, processing)
+        known = self._clips.get(key)
+        if known is None or (text and known.prompts is None):
+            seen = known and known.pictures
+            known = load_clip(path_or_repo_id, processing, text=text, pictures=seen)
+            self._clips[key] = known
+        return known
+
+
 def load_clip(
-    path_or_repo_id: str, processing: str = "", *, text: bool = True
+    path_or_repo_id: str,
+    processing: str = "",
+    *,
+    text: bool = True,
+    pictures: See | None = None,
 ) -> ClipJudge:
     """Loads a CLIP for judging.
 
@@ -98,6 +123,8 @@ def load_clip(
       processing: folder or repository of tokenizer and picture processing; "" where
         they lie beside the weights.
       text: False leaves the text tower out of memory.
+      pictures: of a judge that was loaded without its text tower; in place of another
+        copy of the picture tower.
 
     Raises:
       UserError: files that are missing, damaged or do not fit each other.
@@ -108,7 +135,7 @@ def load_clip(
     sources = resolve(processing) if processing else folder
     params = to_jax("clip", read_tensors(folder), found)
     tokenize = clip_tokenize(sources, config.text) if text else None
-    return make_judge(config, params, read_processor(sources), tokenize)
+    return make_judge(config, params, read_processor(sources), tokenize, pictures)
 
 
 def make_judge(
@@ -116,8 +143,11 @@ def make_judge(
     params: Params,
     processor: Processor,
     tokenize: Tokenize | None,
+    pictures: See | None = None,
 ) -> ClipJudge:
     """A ClipJudge of weights at hand; without `tokenize` the text tower is dropped.
+
+    `pictures` stands in for the picture tower where that is on the device already.
 
     Raises:
       UserError: the processor makes pictures of another size than the tower takes.
@@ -131,30 +161,36 @@ def make_judge(
             way_out="name the folder of tokenizer and preprocessor_config.json that"
             " belongs to the weights",
         )
-    if tokenize is None:
-        text = ("text_model", "text_projection")
-        params = {k: v for k, v in params.items() if k not in text}
-    scale = float(np.exp(np.asarray(params["logit_scale"], np.float64)))
-    weights = jax.device_put(jax.tree.map(lambda x: np.asarray(x, np.float32), params))
     network = Clip(config.text, config.vision, config.projection_dim)
-    see = _unit(network, "image_features", processor)
-    read = _unit(network, "text_features", lambda ids: ids)
+    scale = np.asarray(params["logit_scale"], np.float32)
 
-    def pictures(images: Any) -> Features:
-        return _in_chunks(partial(see, weights), _checked(images))
+    def tower(method: str, parts: Sequence[str], prepare: Callable[[Any], Array]):
+        weights = {part: params[part] for part in parts} | {"logit_scale": scale}
+        weights = jax.device_put(jax.tree.map(np.float32, weights))
+        return partial(_in_chunks, partial(_unit(network, method, prepare), weights))
 
-    def prompts(texts: Sequence[str]) -> Features:
-        assert tokenize is not None
-        # the samples of a group share a prompt: each is read once
-        index = {text: i for i, text in enumerate(dict.fromkeys(texts))}
-        if not index:
-            return np.zeros((0, config.projection_dim), np.float32)
-        vectors = _in_chunks(partial(read, weights), tokenize(list(index)))
-        return vectors[[index[text] for text in texts]]
+    if pictures is None:
+        parts = ("vision_model", "visual_projection")
+        see = tower("image_features", parts, processor)
+        pictures = lambda images: see(_checked(images))  # noqa: E731
+    prompts = None
+    if tokenize is not None:
+        parts = ("text_model", "text_projection")
+        read = tower("text_features", parts, lambda ids: ids)
+        prompts = partial(_read_once, tokenize, read, config.projection_dim)
+    temperature = float(np.exp(scale.astype(np.float64)))
+    return ClipJudge(pictures, prompts, temperature, config.projection_dim)
 
-    return ClipJudge(
-        pictures, prompts if tokenize else None, scale, config.projection_dim
-    )
+
+def _read_once(
+    tokenize: Tokenize, read: See, width: int, texts: Sequence[str]
+) -> Features:
+    """Unit vectors [b width]; the samples of a group share a prompt, read once."""
+    index = {text: i for i, text in enumerate(dict.fromkeys(texts))}
+    if not index:
+        return np.zeros((0, width), np.float32)
+    vectors = read(tokenize(list(index)))
+    return vectors[[index[text] for text in texts]]
 
 
 def _unit(

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Float, UInt8
 
-from ddrl_jax.rewards.clip_folder import CLIP_L, ClipJudge, cosine, load_clip
+from ddrl_jax.rewards.clip_folder import CLIP_L, ClipJudge, Load, cosine, load_clip
 
 WEIGHT = 100.0  # 0 to 100; real pictures and their captions lie near 20 to 35
 
@@ -33,13 +33,14 @@ class ClipScore(NamedTuple):
         return np.float32(WEIGHT) * np.maximum(found, np.float32(0.0))
 
 
-def clip_score(clip: str = CLIP_L) -> ClipScore:
+def clip_score(clip: str = CLIP_L, load: Load = load_clip) -> ClipScore:
     """Returns the reward.
 
     Args:
       clip: folder or hub repository of a CLIP; others' numbers are of ViT-L/14.
+      load: as `load_clip`.
 
     Raises:
       UserError: files that are missing, damaged or do not fit each other.
     """
-    return ClipScore(load_clip(clip))
+    return ClipScore(load(clip))

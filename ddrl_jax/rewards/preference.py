@@ -17,6 +17,7 @@ from ddrl_jax.models.convert import to_jax
 from ddrl_jax.rewards.clip_folder import (
     CLIP_H,
     ClipJudge,
+    Load,
     cosine,
     load_clip,
     make_judge,
@@ -50,7 +51,9 @@ class Preference(NamedTuple):
         return np.float32(self.scale) * found
 
 
-def pickscore(weights: str = PICKSCORE, clip: str = CLIP_H) -> Preference:
+def pickscore(
+    weights: str = PICKSCORE, clip: str = CLIP_H, load: Load = load_clip
+) -> Preference:
     """PickScore (Kirstain 2023, arXiv 2305.01569): exp(logit_scale) cos.
 
     exp(logit_scale) is about 100, scores lie near 16 to 25. Flow-GRPO divides them by
@@ -59,11 +62,12 @@ def pickscore(weights: str = PICKSCORE, clip: str = CLIP_H) -> Preference:
     Args:
       weights: folder or hub repository with config.json and safetensors.
       clip: folder or repository of the tokenizer and the picture processing.
+      load: as `load_clip`.
 
     Raises:
       UserError: files that are missing, damaged or do not fit each other.
     """
-    judge = load_clip(weights, clip)
+    judge = load(weights, clip)
     return Preference(judge, judge.scale)
 
 

@@ -1,7 +1,7 @@
 """Every reward by its name in the configuration. A new one is one line of REWARDS."""
 
 import difflib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +9,11 @@ from ddrl_jax.errors import UserError
 from ddrl_jax.interfaces import Reward
 from ddrl_jax.rewards.aesthetic import aesthetic
 from ddrl_jax.rewards.alignment import vlm_alignment, vlm_questions
+from ddrl_jax.rewards.clip_folder import RewardNetworks
 from ddrl_jax.rewards.clip_score import clip_score
 from ddrl_jax.rewards.compressibility import compressibility, incompressibility
 from ddrl_jax.rewards.preference import hpsv2, pickscore
-from ddrl_jax.rewards.retrieval import load_judge, retrieval, retrieval_log_prob
+from ddrl_jax.rewards.retrieval import Retrieval, RetrievalLogProb, load_judge
 
 # A random CLIP of a few thousand weights that transformers wrote, and a random head.
 TINY = Path(__file__).parent.parent / "assets" / "tiny_clip"
@@ -23,44 +24,43 @@ def _place(name: str, file: str = "") -> str:
     return str(TINY / file) if name == "assets" else name
 
 
-# name -> (rewards section of the configuration, captions) -> Reward
-REWARDS: dict[str, Callable[[Any, Sequence[str]], Reward]] = {
+# name -> (rewards section of the configuration, networks of the run) -> Reward
+REWARDS: dict[str, Callable[[Any, RewardNetworks], Reward]] = {
     "compressibility": lambda config, _: compressibility(config.jpeg_upscale),
     "incompressibility": lambda config, _: incompressibility(config.jpeg_upscale),
-    "aesthetic": lambda config, _: aesthetic(
-        _place(config.aesthetic_head, "head.safetensors"), _place(config.clip)
+    "aesthetic": lambda config, networks: aesthetic(
+        _place(config.aesthetic_head, "head.safetensors"),
+        _place(config.clip),
+        networks.clip,
     ),
-    "clip_score": lambda config, _: clip_score(_place(config.clip)),
-    "pickscore": lambda config, _: pickscore(config.pickscore, config.clip_h),
+    "clip_score": lambda config, networks: clip_score(
+        _place(config.clip), networks.clip
+    ),
+    "pickscore": lambda config, networks: pickscore(
+        config.pickscore, config.clip_h, networks.clip
+    ),
     "hpsv2": lambda config, _: hpsv2(config.hpsv2, config.clip_h),
     "vlm_alignment": lambda config, _: vlm_alignment(config),
-    "vlm_questions": vlm_questions,
-    "retrieval": lambda _, captions: retrieval(load_judge(), captions),
-    "retrieval_log_prob": lambda _, captions: retrieval_log_prob(
-        load_judge(), captions
-    ),
+    "vlm_questions": lambda config, _: vlm_questions(config),
+    "retrieval": lambda *_: Retrieval(load_judge()),
+    "retrieval_log_prob": lambda *_: RetrievalLogProb(load_judge()),
 }
 
 
 def make_rewards(
-    config: Any,
-    captions: Sequence[str] = (),
-    *,
-    names: Sequence[str] | None = None,
+    config: Any, *, names: Sequence[str] | None = None
 ) -> dict[str, Reward]:
-    """Builds the rewards that a configuration names.
+    """Builds the rewards that a configuration names; networks they share are one.
 
     Args:
-      config: the `rewards` section: weights, heldout, jpeg_upscale.
-      captions: the prompts of the run; a reward that can not judge one says so now
-        instead of after the first rollout. Empty: no check.
+      config: the `rewards` section.
       names: which to build; None means all of weights and heldout.
 
     Returns:
       name -> Reward, in the order of the names.
 
     Raises:
-      UserError: a name is unknown, or a reward can not judge these captions.
+      UserError: a name is unknown, or files of a reward are missing or damaged.
     """
     if names is None:
         names = (*config.weights, *config.heldout)
@@ -76,19 +76,32 @@ def make_rewards(
                 " --config.rewards.heldout, or add a line to REWARDS in"
                 " ddrl_jax/rewards/registry.py",
             )
-    return {name: REWARDS[name](config, captions) for name in dict.fromkeys(names)}
+    networks = RewardNetworks()
+    return {name: REWARDS[name](config, networks) for name in dict.fromkeys(names)}
 
 
-def check_rewards(rewards: dict[str, Reward]) -> None:
+def check_rewards(rewards: Mapping[str, Reward]) -> None:
     """Asks rewards that live elsewhere whether they can answer, before a rollout.
 
     Raises:
       UserError: a server is unreachable, refuses, or has no such model.
     """
     for reward in rewards.values():
-        check = getattr(reward, "check", None)
-        if check is not None:
-            check()
+        getattr(reward, "check", _nothing)()
+
+
+def check_prompts(rewards: Mapping[str, Reward], prompts: Sequence[str]) -> None:
+    """Asks rewards whether they can judge these prompts, before a rollout.
+
+    Raises:
+      UserError: a reward does not know a prompt.
+    """
+    for reward in rewards.values():
+        getattr(reward, "check_prompts", _nothing)(prompts)
+
+
+def _nothing(*_: Any) -> None:
+    """Of a reward that has nothing to check."""
 
 
 def counters(rewards: dict[str, Reward]) -> dict[str, float]:

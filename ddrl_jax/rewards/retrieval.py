@@ -20,7 +20,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int, Key, UInt8
 
 from ddrl_jax.errors import UserError
-from ddrl_jax.interfaces import Params, Reward
+from ddrl_jax.interfaces import Params
 
 JUDGE = Path(__file__).parent.parent / "assets" / "judge.npz"
 SIZE = 32  # pixels of a picture the judge reads
@@ -188,38 +188,46 @@ def _classes(judge: Judge, prompts: Sequence[str]) -> Int[np.ndarray, " b"]:
     return np.array([index[prompt] for prompt in prompts], np.int32)
 
 
-def retrieval(judge: Judge, captions: Sequence[str] = ()) -> Reward:
-    """Returns the reward: 1 if the prompt wins among all captions and the reject.
+class Retrieval(NamedTuple):
+    """A Reward: 1 if the prompt wins among all captions and the reject.
 
-    Args:
+    Attributes:
       judge: see `load_judge`.
-      captions: prompts that will be asked for; each must be one of the judge's.
-
-    Raises:
-      UserError: a caption is unknown; the reward raises it for a prompt.
     """
-    _classes(judge, captions)
 
-    def score(
-        images: UInt8[np.ndarray, "b h w c"], prompts: Sequence[str]
+    judge: Judge
+
+    def __call__(
+        self, images: UInt8[np.ndarray, "b h w c"], prompts: Sequence[str]
     ) -> Float[np.ndarray, " b"]:
-        wanted = _classes(judge, prompts)
-        return (judge.logits(images).argmax(-1) == wanted).astype(np.float32)
+        """Returns 1 or 0 for each picture."""
+        wanted = _classes(self.judge, prompts)
+        return (self.judge.logits(images).argmax(-1) == wanted).astype(np.float32)
 
-    return score
+    def check_prompts(self, prompts: Sequence[str]) -> None:
+        """Raises UserError unless the judge knows every prompt."""
+        _classes(self.judge, prompts)
 
 
-def retrieval_log_prob(judge: Judge, captions: Sequence[str] = ()) -> Reward:
-    """Returns the reward log p(prompt | picture), a smoother form of `retrieval`."""
-    _classes(judge, captions)
+class RetrievalLogProb(NamedTuple):
+    """A Reward: log p(prompt | picture), a smoother form of `Retrieval`.
 
-    def score(
-        images: UInt8[np.ndarray, "b h w c"], prompts: Sequence[str]
+    Attributes:
+      judge: see `load_judge`.
+    """
+
+    judge: Judge
+
+    def __call__(
+        self, images: UInt8[np.ndarray, "b h w c"], prompts: Sequence[str]
     ) -> Float[np.ndarray, " b"]:
-        wanted = _classes(judge, prompts)
-        logits = judge.logits(images).astype(np.float64)
+        """Returns the log-probability for each picture."""
+        wanted = _classes(self.judge, prompts)
+        logits = self.judge.logits(images).astype(np.float64)
         high = logits.max(-1, keepdims=True)
         total = high[:, 0] + np.log(np.exp(logits - high).sum(-1))
         return (logits[np.arange(len(wanted)), wanted] - total).astype(np.float32)
 
-    return score
+    def check_prompts(self, prompts: Sequence[str]) -> None:
+        """Raises UserError unless the judge knows every prompt."""
+        _classes(self.judge, prompts)

@@ -125,7 +125,8 @@ COUNTING = {
 def right_answers(reply, prompts, **changes):
     with serving(reply) as (url, seen):
         section = rewards_section(url, **changes)
-        reward = alignment.vlm_questions(section, prompts)
+        reward = alignment.vlm_questions(section)
+        reward.check_prompts(prompts)
         assert isinstance(reward, Reward)
         return reward(PICTURES[: len(prompts)], prompts), seen
 
@@ -151,8 +152,9 @@ def test_a_missing_answer_is_not_a_wrong_one():
 
 
 def test_prompts_without_questions_are_found_before_training():
+    reward = alignment.vlm_questions(rewards_section("http://127.0.0.1:9"))
     with pytest.raises(UserError, match="have no questions"):
-        alignment.vlm_questions(rewards_section("http://127.0.0.1:9"), ("a cat",))
+        reward.check_prompts(("a cat",))
 
 
 @pytest.mark.parametrize(

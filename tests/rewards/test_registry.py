@@ -53,8 +53,10 @@ def test_a_misspelt_heldout_name_is_found_too():
 
 
 def test_a_caption_the_judge_does_not_know_is_found_before_training():
+    rewards = registry.make_rewards(_config({"compressibility": 1.0}, ("retrieval",)))
+    registry.check_prompts(rewards, ("sheep",))
     with pytest.raises(UserError) as error:
-        registry.make_rewards(_config({}, ("retrieval",)), ("sheep", "a sheeep"))
+        registry.check_prompts(rewards, ("sheep", "a sheeep"))
     assert "'a sheeep'" in error.value.got and "sheep" in error.value.wanted
 
 

@@ -11,9 +11,9 @@ from ddrl_jax.errors import UserError
 from ddrl_jax.rewards.retrieval import (
     CHUNK,
     JUDGE,
+    Retrieval,
+    RetrievalLogProb,
     load_judge,
-    retrieval,
-    retrieval_log_prob,
 )
 
 FAKES = ("silhouette", "blur_5", "blur_7", "blur_10", "ellipse", "shuffle_4")
@@ -55,11 +55,11 @@ def real(judge):
 
 def test_it_knows_fresh_pictures(judge, real):
     assert len(judge.captions) == 256
-    assert retrieval(judge)(real, judge.captions).mean() >= 0.9
+    assert Retrieval(judge)(real, judge.captions).mean() >= 0.9
 
 
 def test_a_wrong_prompt_scores_zero(judge, real):
-    score = retrieval(judge)
+    score = Retrieval(judge)
     right = score(real, judge.captions)
     shifted = judge.captions[1:] + judge.captions[:1]
     wrong = score(real, shifted)
@@ -69,13 +69,13 @@ def test_a_wrong_prompt_scores_zero(judge, real):
 
 @pytest.mark.parametrize("kind", FAKES)
 def test_a_stand_in_is_not_taken_for_its_caption(judge, fakes, kind):
-    assert retrieval(judge)(fakes[kind], judge.captions).mean() <= 0.05
+    assert Retrieval(judge)(fakes[kind], judge.captions).mean() <= 0.05
 
 
 def test_the_log_probability_is_that_of_a_softmax(judge, real):
     logits = judge.logits(real[:5]).astype(np.float64)
     by_hand = np.log(np.exp(logits) / np.exp(logits).sum(-1, keepdims=True))
-    found = retrieval_log_prob(judge)(real[:5], judge.captions[:5])
+    found = RetrievalLogProb(judge)(real[:5], judge.captions[:5])
     wanted = by_hand[np.arange(5), np.arange(5)]
     np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-6)
 
@@ -103,7 +103,7 @@ def test_other_sizes_are_an_error(judge, shape):
 
 def test_an_unknown_prompt_lists_near_captions(judge, real):
     with pytest.raises(UserError) as error:
-        retrieval(judge)(real[:1], ["ellephant"])
+        Retrieval(judge)(real[:1], ["ellephant"])
     assert "'ellephant'" in error.value.got and "elephant" in error.value.wanted
 
 
