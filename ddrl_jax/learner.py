@@ -106,19 +106,34 @@ def apply_gradients(
     decay: float,
     metrics: Metrics,
 ) -> tuple[TrainState, Metrics]:
-    """One optimizer step; with a non-finite gradient the state stays as it was."""
-    norm = optax.tree.norm(grads)
-    good = jnp.isfinite(norm)
-    updates, opt_state = tx.update(grads, state.opt_state, state.params)
-    params = optax.apply_updates(state.params, updates)
-    ema = None
-    if decay:
-        ema = jax.tree.map(lambda a, p: decay * a + (1 - decay) * p, state.ema, params)
-    bad = state.bad_updates
-    new = TrainState(state.step + 1, params, opt_state, ema, jnp.zeros_like(bad))
-    old = state._replace(bad_updates=bad + 1)
-    chosen = jax.tree.map(lambda n, o: jnp.where(good, n, o), new, old)
-    return chosen, metrics | {"grad_norm": norm}
+    """One optimizer step; with a non-finite gradient the state stays as it was.
+
+    The metrics get `grad_norm`; `bad_leaf`, the number of the first leaf whose squared
+    norm is not finite (-1: none, the number of leaves: only the sum of all is not); and
+    `bad_updates`, how many updates in a row were skipped.
+    """
+    squares = jnp.stack([jnp.sum(jnp.square(g)) for g in jax.tree.leaves(grads)])
+    norm = jnp.sqrt(jnp.sum(squares))
+    good, finite = jnp.isfinite(norm), jnp.isfinite(squares)
+    first = jnp.where(jnp.all(finite), finite.size, jnp.argmin(finite))
+    bad_leaf = jnp.where(good, -1, first).astype(jnp.int32)
+
+    def apply(state: TrainState, grads: Params) -> TrainState:
+        updates, opt_state = tx.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        average = lambda a, p: decay * a + (1 - decay) * p  # noqa: E731
+        ema = jax.tree.map(average, state.ema, params) if decay else None
+        zero = jnp.zeros_like(state.bad_updates)
+        return TrainState(state.step + 1, params, opt_state, ema, zero)
+
+    def skip(state: TrainState, _: Params) -> TrainState:
+        return state._replace(bad_updates=state.bad_updates + 1)
+
+    # A branch works in the donated buffers; choosing leaf by leaf afterwards would keep
+    # the old state beside the new one.
+    state = jax.lax.cond(good, apply, skip, state, grads)
+    metrics = metrics | {"grad_norm": norm, "bad_leaf": bad_leaf}
+    return state, metrics | {"bad_updates": state.bad_updates}
 
 
 def init_state(

@@ -9,7 +9,6 @@ import numpy as np
 from ddrl_jax.checkpoint import Checkpoints
 from ddrl_jax.collect import Collected, collect
 from ddrl_jax.draws import draw_chunks
-from ddrl_jax.errors import UserError
 from ddrl_jax.evaluate import Evaluation
 from ddrl_jax.interfaces import Reward
 from ddrl_jax.learner import TrainState
@@ -21,6 +20,7 @@ from ddrl_jax.resume import samples_per_epoch, save, start
 from ddrl_jax.rewards.pool import RewardPool
 from ddrl_jax.rewards.registry import check_prompts, check_rewards, make_rewards
 from ddrl_jax.self_test import check_ratio
+from ddrl_jax.skipped import leaf_names, report_skipped
 from ddrl_jax.terms import WEIGHTED
 from ddrl_jax.workdir import Workdir, open_workdir
 
@@ -89,7 +89,6 @@ def run(
             with timer("update"):
                 state, values = update_epoch(program, state, batch, epoch)
             tracker, epoch = batch.tracker, epoch + 1
-            stop_on_bad_updates(config, values)
             # 3. Log.
             values |= batch.metrics | timer.epoch()
             values |= speeds(config, values, epoch)
@@ -137,9 +136,9 @@ def update_epoch(
                 state, program.frozen, program.reference, part
             )
             history.append(metrics)
-    bad = state.bad_updates
-    history, bad = jax.device_get((history, bad))
-    return state, _summary(history) | {"bad_updates": int(bad)}
+    history = jax.device_get(history)
+    report_skipped(history, leaf_names(state.params), config.train.nan_limit, epoch + 1)
+    return state, _summary(history)
 
 
 def make_pool(program: Program, rewards: dict[str, Reward]) -> RewardPool:
@@ -159,18 +158,6 @@ def speeds(config: Any, values: dict, epoch: int) -> dict[str, float]:
     }
 
 
-def stop_on_bad_updates(config: Any, values: dict) -> None:
-    """Stops a run whose gradients stay non-finite; single ones are only skipped."""
-    if values["bad_updates"] >= config.train.nan_limit:
-        raise UserError(
-            "the gradients are not finite",
-            got=f"{values['bad_updates']} updates in a row, all skipped",
-            wanted=f"fewer than {config.train.nan_limit} (config.train.nan_limit)",
-            way_out="lower config.optimizer.lr or config.policy.clip_range; the last "
-            "checkpoint is from before them",
-        )
-
-
 def _redraw(program: Program, batch: Collected, epoch: int, inner: int) -> list:
     """The same rollouts with new data draws, in another order of chunks."""
     fresh = draw_chunks(program, batch.prompts, epoch, inner)
@@ -185,7 +172,10 @@ def _redraw(program: Program, batch: Collected, epoch: int, inner: int) -> list:
 
 
 def _summary(history: list[dict]) -> dict[str, float]:
-    """Means over the epoch's updates; the ratio deviation is that of the first."""
-    values = {k: float(np.mean([m[k] for m in history])) for k in history[0]}
+    """Means over the epoch's updates; the ratio deviation is that of the first, the
+    count of skipped updates in a row that of the last."""
+    names = history[0].keys() - {"bad_leaf"}
+    values = {k: float(np.mean([m[k] for m in history])) for k in names}
+    values["bad_updates"] = int(history[-1]["bad_updates"])
     key = "policy/ratio_max_deviation"
     return values | ({key: float(history[0][key])} if key in values else {})

@@ -21,7 +21,7 @@ VAGUE = {"utils", "util", "helpers", "helper", "common", "misc"}
 # `errors` and `interfaces` are open to everybody and are added to every row.
 EVERYBODY = ("errors", "interfaces")
 PLUMBING = ("optim", "sharding", "metrics", "workdir", "preemption", "pictures")
-PLUMBING += ("checkpoint", "fingerprint", "orbax_log", "report")
+PLUMBING += ("checkpoint", "fingerprint", "orbax_log", "report", "skipped")
 MEASURES = ("flops", "chips")
 CHECKS = ("config_rules", "check_config", "check_objective", "command_line")
 PARTS = ("diffusion", "objectives", "models", "rewards", "data", "rollout", "learner")
