@@ -223,6 +223,20 @@ def get_config() -> ConfigDict:
 
     c.mesh = ConfigDict({"data": -1, "fsdp": 1, "tensor": 1, "context": 1})
 
+    c.sharding = ConfigDict()  # logical axis of a weight -> mesh axes it is split over;
+    # one that does not divide is left out and named at the start. The batch is always
+    # split over data and fsdp, the length of a sequence over context.
+    c.sharding.embed = ("fsdp",)  # width of the residual stream
+    c.sharding.mlp = ("tensor",)  # inner width of a block
+    c.sharding.heads = ("tensor",)  # attention heads
+    c.sharding.vocab = ("tensor",)  # words
+    c.sharding.layers = ()  # blocks that are scanned over
+
+    c.rollout = ConfigDict()
+    c.rollout.layout = "train"  # of the weights while sampling: "train" | "replicated"
+    # | "tensor" (split over tensor only): one copy an epoch, for meshes with fsdp
+    c.rollout.dtype = "float32"  # of that copy: "float32" | "bfloat16"
+
     c.log = ConfigDict()
     c.log.tensorboard = True
     c.log.wandb = False

@@ -80,7 +80,7 @@ def _sample(program, state, epoch, prompts, chunks, pool, stop):
     """Rolls out every chunk; its pictures go to the judges as soon as they exist."""
     config, size = program.config, program.chunk
     trained = draw_trained_steps(config, program.kernel, epoch, len(prompts.index))
-    filled, handles = [], []
+    filled, handles, weights = [], [], program.sampling(state.params)
     for number, chunk in enumerate(chunks):
         if stop.requested:
             return None
@@ -88,9 +88,7 @@ def _sample(program, state, epoch, prompts, chunks, pool, stop):
         steps = place_batch(
             program.mesh, np.ascontiguousarray(trained[:, rows]), axis=1
         )
-        found = program.rollout(
-            state.params, program.frozen, chunk.keys, chunk.cond, steps
-        )
+        found = program.rollout(*weights, chunk.keys, chunk.cond, steps)
         images = found.images
         images.copy_to_host_async()
         handles.append(pool.submit(images, prompts.text[rows]))

@@ -269,6 +269,12 @@ RULES: dict[str, Rule] = {
     "mesh.fsdp": mesh_axis(),
     "mesh.tensor": mesh_axis(),
     "mesh.context": mesh_axis(),
+    **{
+        f"sharding.{axis}": sequence(choice("data", "fsdp", "tensor", "context"))
+        for axis in ("embed", "mlp", "heads", "vocab", "layers")
+    },
+    "rollout.layout": choice("train", "replicated", "tensor"),
+    "rollout.dtype": choice("float32", "bfloat16"),
     "log.tensorboard": switch(),
     "log.wandb": switch(),
     "log.progress": switch(),

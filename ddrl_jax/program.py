@@ -83,6 +83,7 @@ class Program(NamedTuple):
     prepare: Callable  # (epoch, offset, pass, prompts, data, captions) -> Minibatch
     decode: Callable  # x0 -> uint8 images
     rollout: Callable  # (params, frozen, keys, cond, trained) -> Rollout
+    sampling: Callable  # params -> (params, frozen) as config.rollout lays them out
     recompute: Callable
     advantages: Callable  # (values, valid, group, index, tracker) -> (adv, tracker)
     update: Callable  # (state, frozen, reference, chunks) -> (state, metrics)
@@ -134,6 +135,7 @@ def build(config) -> Program:
         ),
         decode=decode,
         rollout=_make_rollout(config, mesh, objective, decode),
+        sampling=weights.sampling(frozen),
         recompute=jax.jit(make_recompute(objective)),
         advantages=jax.jit(make_advantages(config)),
         update=jax.jit(

@@ -20,8 +20,8 @@ def ratio_deviations(program: Program, state: TrainState) -> dict[str, np.ndarra
       state: its weights.
 
     Returns:
-      For "replay" (without gradients) and "update" (inside value_and_grad), the
-      largest deviation of each noisy step [n].
+      For "update" (inside value_and_grad) and, where the rollout's log-probabilities
+      are trained on, "replay" (without gradients): the largest of each noisy step [n].
     """
     config, kernel = program.config, program.kernel
     prompts = draw_prompts(
@@ -35,8 +35,7 @@ def ratio_deviations(program: Program, state: TrainState) -> dict[str, np.ndarra
     steps = np.flatnonzero(kernel.stochastic).astype(np.int32)
     trained = np.repeat(steps[:, None], program.chunk, 1)
     sampled = program.rollout(
-        state.params,
-        program.frozen,
+        *program.sampling(state.params),
         chunk.keys,
         chunk.cond,
         place_batch(program.mesh, trained, axis=1),
@@ -47,6 +46,9 @@ def ratio_deviations(program: Program, state: TrainState) -> dict[str, np.ndarra
         trajectory=trajectory, old_log_prob=trajectory.log_prob, advantages=ones
     )
     replayed = program.recompute(state.params, program.frozen, chunk)
+    if config.policy.old_log_prob != "rollout":  # what is trained on is the replay
+        chunk = chunk._replace(old_log_prob=replayed)
+        return {"update": _deviations_in_update(program, state, chunk)}
     plain = np.abs(np.expm1(to_host(replayed - trajectory.log_prob)))
     inside = _deviations_in_update(program, state, chunk)
     return {"replay": plain.max(axis=1), "update": inside}

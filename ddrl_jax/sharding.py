@@ -1,22 +1,26 @@
 """One mesh, one table from logical axes to mesh axes, and where batches live."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import multihost_utils
+from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from ddrl_jax.errors import UserError
 from ddrl_jax.interfaces import Params
 
+Rules = Mapping[str | None, tuple[str, ...]]  # logical axis -> mesh axes
+
 AXES = ("data", "fsdp", "tensor", "context")
-RULES: Mapping[str | None, tuple[str, ...]] = {
-    "batch": ("data", "fsdp"),
+BATCH = ("data", "fsdp")
+RULES: Rules = {
+    "batch": BATCH,
     "embed": ("fsdp",),
     "mlp": ("tensor",),
     "heads": ("tensor",),
@@ -28,14 +32,56 @@ RULES: Mapping[str | None, tuple[str, ...]] = {
 def make_mesh(sizes: Any) -> Mesh:
     """Returns the mesh (data, fsdp, tensor, context) over the first devices.
 
+    Several slices (TPU pods, or GPU nodes, joined by a data-centre network) share the
+    data axis and, if it is too small, the fsdp axis; the others stay in one slice.
+
     Args:
       sizes: config.mesh, or any mapping axis -> size; one may be -1: what is left.
+
+    Raises:
+      UserError: the slices divide neither data nor data x fsdp.
     """
     shape = [sizes[a] for a in AXES]
     if -1 in shape:
         known = -math.prod(shape)
         shape[shape.index(-1)] = jax.device_count() // known
-    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    types = (AxisType.Auto,) * len(AXES)
+    slices = _slices(jax.devices())
+    if len(slices) == 1:
+        return jax.make_mesh(shape, AXES, axis_types=types)
+    return Mesh(hybrid_grid(shape, slices), AXES, axis_types=types)
+
+
+def _slices(devices: list) -> list[list]:
+    """Devices by slice; processes of one machine's CPUs are no slices."""
+    found: dict[int, list] = {}
+    for device in devices:
+        cpu = device.platform == "cpu"
+        found.setdefault(0 if cpu else device.slice_index, []).append(device)
+    return [found[i] for i in sorted(found)]
+
+
+def hybrid_grid(shape: Sequence[int], slices: list[list]) -> np.ndarray:
+    """Returns the devices [data, fsdp, tensor, context] of several equal slices.
+
+    Args:
+      shape: of the mesh.
+      slices: the devices of each.
+    """
+    over_data = math.gcd(shape[0], len(slices))
+    over_fsdp = len(slices) // over_data
+    if shape[1] % over_fsdp:
+        raise UserError(
+            "the mesh does not divide over the slices",
+            got=f"data {shape[0]}, fsdp {shape[1]} on {len(slices)} slices",
+            wanted="data, or data x fsdp, a multiple of the number of slices: tensor "
+            "and context need the fast links inside one",
+            way_out=f"set mesh.data to a multiple of {len(slices)}",
+        )
+    inner = (shape[0] // over_data, shape[1] // over_fsdp, *shape[2:])
+    grids = [mesh_utils.create_device_mesh(inner, devices) for devices in slices]
+    grid = np.stack(grids).reshape(over_data, over_fsdp, *inner)
+    return grid.transpose(0, 2, 1, 3, 4, 5).reshape(shape)
 
 
 def spec_for(axes: tuple, shape: tuple[int, ...], mesh: Mesh, rules=RULES) -> P:
@@ -64,13 +110,43 @@ def batch_shares(mesh: Mesh) -> int:
     return mesh.shape["data"] * mesh.shape["fsdp"]
 
 
-def params_shardings(axes: Any, shapes: Params, mesh: Mesh) -> Params:
+def table(sharding: Any) -> Rules:
+    """Returns logical axis -> mesh axes from config.sharding; the batch is fixed."""
+    return {name: tuple(sharding[name]) for name in sharding} | {"batch": BATCH}
+
+
+def without(rules: Rules, *axes: str) -> Rules:
+    """Returns the table that leaves these mesh axes out: whole copies over them."""
+    return {n: tuple(a for a in used if a not in axes) for n, used in rules.items()}
+
+
+def params_shardings(axes: Any, shapes: Params, mesh: Mesh, rules=RULES) -> Params:
     """Shardings of a parameter tree from the tree of its logical axes."""
-    return jax.tree.map(
-        lambda leaf, names: NamedSharding(mesh, spec_for(names, leaf.shape, mesh)),
-        shapes,
-        axes,
-    )
+
+    def resolve(leaf, names):
+        return NamedSharding(mesh, spec_for(names, leaf.shape, mesh, rules))
+
+    return jax.tree.map(resolve, shapes, axes)
+
+
+def undivided(axes: Any, shapes: Params, mesh: Mesh, rules=RULES) -> list[str]:
+    """Returns the weights that the table wants split and that do not divide.
+
+    Returns:
+      Lines such as "words.kernel [315, 64]: vocab 315 over tensor 2".
+    """
+    names = jax.tree.leaves(axes, is_leaf=lambda a: isinstance(a, tuple))
+    found = []
+    for (path, leaf), axis in zip(
+        jax.tree.leaves_with_path(shapes), names, strict=True
+    ):
+        for name, size in zip(axis, leaf.shape, strict=False):
+            share = math.prod(mesh.shape[a] for a in rules.get(name, ()))
+            if size % share:
+                over = " x ".join(f"{a} {mesh.shape[a]}" for a in rules[name])
+                where = jax.tree_util.keystr(path, simple=True, separator=".")
+                found.append(f"{where} {list(leaf.shape)}: {name} {size} over {over}")
+    return found
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -100,7 +176,7 @@ def put(tree: Any, sharding: NamedSharding) -> Any:
 
 def place_batch(mesh: Mesh, tree: Any, axis: int = 0) -> Any:
     """Puts arrays on the mesh, split over (data, fsdp) along `axis`."""
-    return put(tree, NamedSharding(mesh, P(*(None,) * axis, ("data", "fsdp"))))
+    return put(tree, NamedSharding(mesh, P(*(None,) * axis, BATCH)))
 
 
 def place_fetched(mesh: Mesh, numbers: np.ndarray, fetch: Any) -> Any:

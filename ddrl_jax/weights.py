@@ -4,6 +4,7 @@ Shapes and shardings need no memory. What allocates is called, never built in ad
 a run that goes on from a checkpoint does not make starting weights first.
 """
 
+import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -13,7 +14,15 @@ from jax.sharding import Mesh
 
 from ddrl_jax.interfaces import Params, Pipeline
 from ddrl_jax.learner import TrainState, init_state
-from ddrl_jax.sharding import params_shardings, put, replicated
+from ddrl_jax.sharding import (
+    AXES,
+    params_shardings,
+    put,
+    replicated,
+    table,
+    undivided,
+    without,
+)
 
 
 class Weights(NamedTuple):
@@ -21,6 +30,7 @@ class Weights(NamedTuple):
 
     config: Any
     pipeline: Pipeline
+    mesh: Mesh
     shapes: dict[str, Params]  # "params", and "lora" where there is one
     shardings: dict[str, Params]
     abstract: TrainState  # shapes with shardings
@@ -58,6 +68,31 @@ class Weights(NamedTuple):
         init = lambda k: self.pipeline.init(k)[part]  # noqa: E731
         return jax.jit(init, out_shardings=self.shardings[part])(key)
 
+    def sampling(self, frozen: Params) -> Callable[[Params], tuple[Params, Params]]:
+        """Returns trained weights -> (trained, frozen) as the rollout has them.
+
+        config.rollout.layout "train" passes them on; another one makes a copy at each
+        call, once an epoch, and one of the frozen weights here.
+
+        Args:
+          frozen: of `frozen`.
+        """
+        layout, dtype = self.config.rollout.layout, self.config.rollout.dtype
+        if layout == "train" and dtype == "float32":
+            return lambda params: (params, frozen)
+        axes = {"replicated": AXES, "tensor": ("fsdp",), "train": ()}[layout]
+        rules = without(table(self.config.sharding), *axes)
+
+        def copier(part: str):
+            cast = lambda tree: optax.tree.cast(tree, dtype)  # noqa: E731
+            names, shapes = self.pipeline.axes[part], self.shapes[part]
+            places = params_shardings(names, shapes, self.mesh, rules)
+            return jax.jit(cast, out_shardings=places)
+
+        still = copier("params")(frozen) if self.trained == "lora" else frozen
+        copy = copier(self.trained)
+        return lambda params: (copy(params), still)
+
 
 def describe_weights(
     config: Any, pipeline: Pipeline, tx: optax.GradientTransformation, mesh: Mesh
@@ -71,7 +106,9 @@ def describe_weights(
       mesh: of the run.
     """
     shapes = jax.eval_shape(pipeline.init, jax.random.key(0))
-    shardings = params_shardings(pipeline.axes, shapes, mesh)
+    rules = table(config.sharding)
+    shardings = params_shardings(pipeline.axes, shapes, mesh, rules)
+    _tell_undivided(undivided(pipeline.axes, shapes, mesh, rules))
     part = "lora" if config.lora.rank else "params"
 
     def fresh(params: Params) -> TrainState:
@@ -83,7 +120,19 @@ def describe_weights(
         lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), state, states
     )
     start = jax.jit(fresh, out_shardings=states, donate_argnums=0)
-    return Weights(config, pipeline, shapes, shardings, abstract, start)
+    return Weights(config, pipeline, mesh, shapes, shardings, abstract, start)
+
+
+def _tell_undivided(found: list[str]) -> None:
+    if not found or jax.process_index():
+        return
+    more = f" and {len(found) - 3} more" if len(found) > 3 else ""
+    print(
+        f"sharding: whole on every device, since they do not divide: "
+        f"{'; '.join(found[:3])}{more}",
+        file=sys.stderr,
+        flush=True,
+    )
 
 
 def _state_shardings(

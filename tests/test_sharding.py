@@ -1,9 +1,12 @@
 """Where arrays live: specs that always divide, and the same numbers on any mesh."""
 
+import types
+
 import jax
 import numpy as np
 import optax
 import pytest
+from edited_config import configured
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from tiny_runs import (
@@ -15,14 +18,20 @@ from tiny_runs import (
 )
 
 from ddrl_jax.data.prompts import draw_prompts
+from ddrl_jax.errors import UserError
+from ddrl_jax.self_test import check_ratio
 from ddrl_jax.sharding import (
     RULES,
+    hybrid_grid,
     make_mesh,
     params_shardings,
     place_batch,
     replicated,
     spec_for,
+    table,
     to_host,
+    undivided,
+    without,
 )
 
 
@@ -189,3 +198,102 @@ def test_moments_and_average_live_with_their_weights():
         assert (a.shape, a.dtype) == (wanted.shape, wanted.dtype)
         assert a.sharding.is_equivalent_to(wanted.sharding, a.ndim)
     assert adam.count.sharding.is_fully_replicated
+
+
+# ---- the table of the configuration, slices, and the rollout's own layout
+
+
+def test_the_table_is_the_configuration_and_its_default_the_rules():
+    config = configured({"sharding.mlp": ("fsdp", "tensor"), "sharding.embed": ()})
+    found = table(config.sharding)
+    assert found["mlp"] == ("fsdp", "tensor") and found["embed"] == ()
+    assert found["batch"] == ("data", "fsdp")
+    plain = table(configured({}).sharding)
+    names = [*RULES, "layers"]
+    assert all(plain[n] == RULES.get(n, ()) for n in names if n != "length")
+    assert without(found, "fsdp")["mlp"] == ("tensor",)
+    assert spec_for(("embed", "mlp"), (4, 8), mesh_of(**CUBE), found) == P(
+        None, ("fsdp", "tensor")
+    )
+
+
+def test_what_does_not_divide_is_named():
+    mesh = mesh_of(fsdp=2, tensor=2)
+    struct = jax.ShapeDtypeStruct
+    shapes = {"a": {"kernel": struct((4, 6), "f4")}, "b": struct((4, 5, 7), "f4")}
+    axes = {"a": {"kernel": ("embed", "mlp")}, "b": ("embed", "mlp", None)}
+    assert undivided(axes, shapes, mesh) == ["b [4, 5, 7]: mlp 5 over tensor 2"]
+    assert undivided(axes, shapes, mesh_of(fsdp=2)) == []
+
+
+def slices_of(count, each):
+    place = lambda s, i: types.SimpleNamespace(  # noqa: E731
+        slice_index=s, id=s * each + i, platform="gpu", device_kind="fake",
+        process_index=s,
+    )  # fmt: skip
+    return [[place(s, i) for i in range(each)] for s in range(count)]
+
+
+@pytest.mark.parametrize(
+    ("shape", "count", "crossing"),
+    [
+        ((4, 2, 1, 1), 2, {0}),  # data between the slices
+        ((1, 8, 1, 1), 2, {1}),  # no data: fsdp between them
+        ((2, 4, 2, 1), 4, {0, 1}),  # both
+        ((2, 1, 2, 2), 2, {0}),
+    ],
+)
+def test_slices_are_crossed_by_data_first_then_fsdp(shape, count, crossing):
+    each = int(np.prod(shape)) // count
+    grid = hybrid_grid(shape, slices_of(count, each))
+    assert grid.shape == shape
+    assert len({d.id for d in grid.flat}) == count * each
+    where = np.vectorize(lambda d: d.slice_index)(grid)
+    changes = {a for a in range(4) if np.any(np.diff(where, axis=a))}
+    assert changes == crossing
+
+
+def test_tensor_may_not_cross_slices():
+    with pytest.raises(UserError, match=r"multiple of 2"):
+        hybrid_grid((1, 1, 8, 1), slices_of(2, 4))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", ["replicated", "tensor"])
+@pytest.mark.parametrize("rank", [0, 2])
+def test_the_rollout_has_its_own_copy_of_the_weights(layout, rank, alone):
+    mesh = {"mesh.data": 2, "mesh.fsdp": 2, "mesh.tensor": 2, "lora.rank": rank}
+    program = tiny_program(EDITS | mesh | {"rollout.layout": layout}, flat_source())
+    state = perturbed_state(program)
+    axes = {
+        axis
+        for leaf in jax.tree.leaves(program.sampling(state.params))
+        for part in leaf.sharding.spec
+        for axis in (part if isinstance(part, tuple) else (part,))
+    }
+    assert axes - {None} == ({"tensor"} if layout == "tensor" else set())
+    trained = jax.tree.map(lambda a: a.sharding.spec, state.params)
+    assert any("fsdp" in spec for spec in jax.tree.leaves(trained))
+    found = program.sampling(state.params)
+    for a, b in zip(
+        jax.tree.leaves(found),
+        jax.tree.leaves((state.params, program.frozen)),
+        strict=True,
+    ):
+        np.testing.assert_array_equal(to_host(a), to_host(b))
+    if not rank:
+        _, _, trajectory, *_ = epoch(**mesh | {"rollout.layout": layout})
+        compare(trajectory._replace(index=0), alone[2]._replace(index=0), 1e-5)
+
+
+@pytest.mark.slow
+def test_a_rollout_in_bfloat16_trains_with_the_recomputed_log_prob():
+    edits = {"rollout.dtype": "bfloat16", "mesh.data": 2}
+    refused = tiny_program(edits)
+    with pytest.raises(UserError, match="policy ratio"):
+        check_ratio(refused, perturbed_state(refused))
+    program = tiny_program(edits | {"policy.old_log_prob": "recompute"})
+    state = perturbed_state(program)
+    copy, _ = program.sampling(state.params)
+    assert {a.dtype.name for a in jax.tree.leaves(copy)} == {"bfloat16"}
+    check_ratio(program, state)

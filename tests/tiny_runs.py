@@ -97,7 +97,7 @@ def chunks_with_trajectories(program: Program, state: Any, prompts: Any) -> list
         sample = number * size + jnp.arange(size)
         advantages = jnp.where(sample % 2, 1.0, -1.0)
         _, trajectory, _ = program.rollout(
-            state.params, program.frozen, chunk.keys, chunk.cond, trained
+            *program.sampling(state.params), chunk.keys, chunk.cond, trained
         )
         chunks.append(
             chunk._replace(
