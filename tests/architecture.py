@@ -44,8 +44,7 @@ IMPORT_TABLE: dict[str, tuple[str, ...]] = {
     "assets": ("assets", "data", "models", "rewards"),  # the scripts that build them
     "diffusion": ("diffusion",),
     "objectives": ("objectives", "diffusion"),
-    "models": ("models",),
-    "models.video_layout": ("models", "sharding"),
+    "models": ("models", "sharding"),
     "rewards": (
         "rewards",
         "models.clip",

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ddrl_jax.models import attention as module
+from ddrl_jax.models import attention_kernels as module
 from ddrl_jax.models.attention import attention
 
 RNG = np.random.default_rng(1)
@@ -16,9 +16,18 @@ def draw(length, keys):
     return [jnp.asarray(RNG.normal(size=s), jnp.float32) for s in shapes]
 
 
+@pytest.mark.parametrize(
+    ("length", "chunk"),
+    [(936, 936), (1024, 1024), (4096, 1024), (32_760, 936), (1031, 1031), (2062, 2062)],
+)
+def test_chunks_divide_and_are_no_slivers(length, chunk):
+    assert module.chunk_of(length) == chunk
+
+
 @pytest.mark.parametrize("length", [4, 8, 12, 13])
 def test_values_and_gradients_are_those_of_full_attention(length, monkeypatch):
     monkeypatch.setattr(module, "QUERY_CHUNK", 4)
+    monkeypatch.setattr(module, "LEAST_CHUNK", 2)  # 13 is a prime: all at once
     q, k, v = draw(length, 7)
     mask = jnp.asarray(RNG.random((2, 7)) < 0.7).at[:, 0].set(True)
 
