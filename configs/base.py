@@ -33,7 +33,9 @@ def get_config() -> ConfigDict:
     c.model.dtype = (
         "float32"  # of the network; states, log-probs and losses are float32
     )
-    c.model.attention = "xla"  # "xla" | "chunked" (memory of 1,024 queries at a time)
+    c.model.attention = "auto"  # by backend, dtype, lengths and mesh one of "xla",
+    # "chunked" (memory of 1,024 queries at a time), "cudnn" (NVIDIA), "splash" (TPU),
+    # and where mesh.context > 1 "ulysses" (if it divides the heads) or "ring"
     c.model.remat = "none"  # "none" | "full": recompute block activations
 
     c.model.video = ConfigDict()  # video_dit

@@ -46,7 +46,7 @@ def _check_names(config: Any) -> None:
     used = [
         ("sampler.kernel", config.sampler.kernel, KERNELS),
         ("evaluate.solver", config.evaluate.solver, (*METHODS, "ddim", "rollout")),
-        ("model.attention", config.model.attention, tuple(IMPLEMENTATIONS)),
+        ("model.attention", config.model.attention, ("auto", *IMPLEMENTATIONS)),
         *(("rewards.weights", name, tuple(REWARDS)) for name in config.rewards.weights),
         *(("rewards.heldout", name, tuple(REWARDS)) for name in config.rewards.heldout),
     ]

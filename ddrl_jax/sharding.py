@@ -105,6 +105,12 @@ def spec_for(axes: tuple, shape: tuple[int, ...], mesh: Mesh, rules=RULES) -> P:
     return P(*out)
 
 
+def constrain(x: Any, axes: tuple, mesh: Mesh) -> Any:
+    """Says inside jit where an array lies, by the logical names of its axes."""
+    sharding = NamedSharding(mesh, spec_for(axes, x.shape, mesh))
+    return jax.lax.with_sharding_constraint(x, sharding)
+
+
 def batch_shares(mesh: Mesh) -> int:
     """Returns into how many shares the samples of a call are split."""
     return mesh.shape["data"] * mesh.shape["fsdp"]

@@ -103,9 +103,14 @@ def _blocks(queries: int, keys: int):
     from jax.experimental.pallas.ops.tpu import splash_attention as pallas
 
     q, kv = (next(n for n in SPLASH_BLOCKS if m % n == 0) for m in (queries, keys))
-    forward = {"block_q": q, "block_kv": kv, "block_kv_compute": kv}
-    backward = {"block_q_dkv": q, "block_kv_dkv": kv, "block_kv_dkv_compute": kv}
-    return pallas.BlockSizes(**forward, **backward, block_q_dq=q, block_kv_dq=kv)
+    return pallas.BlockSizes(
+        block_q=q,
+        block_kv=kv,
+        block_q_dkv=q,
+        block_kv_dkv=kv,
+        block_q_dq=q,
+        block_kv_dq=kv,
+    )
 
 
 KERNELS = {"xla": xla, "chunked": chunked, "cudnn": cudnn, "splash": splash}

@@ -10,10 +10,12 @@ from typing import Any, cast
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jax.sharding import Mesh
+from jaxtyping import Array, Bool, Float, Int
 
 from ddrl_jax.models.attention import attention
 from ddrl_jax.models.layers import Dense, rms_norm, time_features, weight
+from ddrl_jax.sharding import constrain
 
 
 def overlapping_patches(
@@ -59,12 +61,19 @@ class Block(nn.Module):
     rank: int = 0
     alpha: float = 0.0
     impl: str = "xla"
+    mesh: Mesh | None = None
 
     @nn.compact
-    def __call__(self, x: Float[Array, "b l d"], c: Float[Array, "b d"]):
+    def __call__(
+        self,
+        x: Float[Array, "b l d"],
+        c: Float[Array, "b d"],
+        mask: Bool[Array, "b l"] | None,
+    ):
         """Returns (x', None), the form nn.scan wants."""
-        d = x.shape[-1]
+        d, whole = x.shape[-1], not divided(self.mesh)
         lora = {"rank": self.rank, "alpha": self.alpha, "dtype": self.dtype}
+        lora["flat"] = whole
         modulation = Dense(
             6 * d, ("embed", "mlp"), zero=True, name="modulation", dtype=self.dtype
         )(c)
@@ -72,17 +81,18 @@ class Block(nn.Module):
             modulation[:, None, :], 6, -1
         )
         h = rms_norm(x) * (1 + scale1) + shift1
-        x = x + gate1 * self._mix(h, lora)
+        x = place(x + gate1 * self._mix(h, mask, lora), self.mesh)
         h = rms_norm(x) * (1 + scale2) + shift2
         h = Dense(4 * d, ("embed", "mlp"), name="up", **lora)(h)
         h = Dense(d, ("mlp", "embed"), name="down", **lora)(jax.nn.relu(h) ** 2)
-        return x + gate2 * h, None
+        return place(x + gate2 * h, self.mesh), None
 
-    def _mix(self, h: Array, lora: dict) -> Array:
+    def _mix(self, h: Array, mask: Array | None, lora: dict) -> Array:
         b, length, d = h.shape
         qkv = Dense(3 * d, ("embed", "heads"), use_bias=False, name="qkv", **lora)(h)
         q, k, v = jnp.moveaxis(qkv.reshape(b, length, 3, self.heads, -1), 2, 0)
-        mixed = attention(rms_norm(q), rms_norm(k), v, impl=self.impl)
+        q, k = rms_norm(q), rms_norm(k)
+        mixed = attention(q, k, v, impl=self.impl, mask=mask, mesh=self.mesh)
         return Dense(d, ("heads", "embed"), name="out", **lora)(
             mixed.reshape(b, length, d)
         )
@@ -103,6 +113,7 @@ class DiT(nn.Module):
       rank: LoRA rank, 0 for none.
       alpha: LoRA alpha.
       impl: attention implementation.
+      mesh: whose axis `context` divides the tokens; None is one device.
     """
 
     width: int
@@ -116,6 +127,7 @@ class DiT(nn.Module):
     rank: int = 0
     alpha: float = 0.0
     impl: str = "xla"
+    mesh: Mesh | None = None
 
     @nn.compact
     def __call__(
@@ -127,10 +139,12 @@ class DiT(nn.Module):
         """Predicts v = eps - x0 in float32."""
         words, c = self._condition(time, tokens)
         x = overlapping_patches(z, self.patch).astype(self.dtype)
-        x = Dense(self.width, ("mlp", "embed"), name="embed", dtype=self.dtype)(x)
+        embed = {"dtype": self.dtype, "flat": not divided(self.mesh)}
+        x = Dense(self.width, ("mlp", "embed"), name="embed", **embed)(x)
         x = x + self._table("position", x.shape[1])
-        x = jnp.concatenate([x, words], axis=1)
-        x = self._blocks(x, c)[:, : -self.length]
+        pixels = x.shape[1]
+        x, mask = self._divide(jnp.concatenate([x, words], axis=1))
+        x = self._blocks(x, c, mask)[:, :pixels]
         shift, scale = jnp.split(self._head(2 * self.width, "final", c)[:, None], 2, -1)
         x = rms_norm(x) * (1 + scale) + shift
         x = self._head(4 * self.patch**2 * z.shape[-1], "output", x)
@@ -138,10 +152,8 @@ class DiT(nn.Module):
         return overlap_add(x.astype(jnp.float32), self.patch, (h, w, channels))
 
     def _head(self, features: int, name: str, x: Array) -> Array:
-        layer = Dense(
-            features, ("embed", "mlp"), zero=True, name=name, dtype=self.dtype
-        )
-        return layer(x)
+        head = {"dtype": self.dtype, "flat": not divided(self.mesh)}
+        return Dense(features, ("embed", "mlp"), zero=True, name=name, **head)(x)
 
     def _table(self, name: str, rows: int) -> Array:
         init, axes = nn.initializers.normal(0.02), (None, "embed")
@@ -163,17 +175,43 @@ class DiT(nn.Module):
         )
         return words.astype(self.dtype), jax.nn.silu(c)
 
-    def _blocks(self, x: Array, c: Array) -> Array:
+    def _divide(self, x: Array) -> tuple[Array, Array | None]:
+        """The tokens padded to equal shares of the context axis, and what is none."""
+        b, length = x.shape[:2]
+        padding = -length % self.mesh.shape["context"] if self.mesh is not None else 0
+        if not padding:
+            return place(x, self.mesh), None
+        x = jnp.pad(x, ((0, 0), (0, padding), (0, 0)))
+        mask = jnp.broadcast_to(jnp.arange(x.shape[1]) < length, (b, x.shape[1]))
+        return place(x, self.mesh), mask
+
+    def _blocks(self, x: Array, c: Array, mask: Array | None) -> Array:
         block = nn.remat(Block, prevent_cse=False) if self.remat == "full" else Block
         stack = nn.scan(
             block,
             variable_axes={"params": 0, "lora": 0},
             split_rngs={"params": True, "lora": True},
-            in_axes=cast(Any, nn.broadcast),  # Flax's annotation forgets it
+            in_axes=cast(Any, (nn.broadcast,) * 2),  # Flax's annotation forgets it
             length=self.depth,
             metadata_params={nn.PARTITION_NAME: "layers"},
         )
         layer = stack(
-            self.heads, self.dtype, self.rank, self.alpha, self.impl, name="blocks"
+            *(self.heads, self.dtype, self.rank, self.alpha, self.impl, self.mesh),
+            name="blocks",
         )
-        return layer(x, c)[0]
+        return layer(x, c, mask)[0]
+
+
+def divided(mesh: Mesh | None) -> bool:
+    """Whether the tokens of a sample lie on several devices."""
+    return mesh is not None and mesh.shape["context"] > 1
+
+
+def place(x: Float[Array, "b l d"], mesh: Mesh | None) -> Float[Array, "b l d"]:
+    """Tokens on the mesh: samples over (data, fsdp), their tokens over context.
+
+    Nothing where the tokens are not divided: the compiler then has no choice to make.
+    """
+    if mesh is None or not divided(mesh):
+        return x
+    return constrain(x, ("batch", "length", None), mesh)

@@ -134,7 +134,6 @@ def emoji_pipeline(config, mesh: Mesh | None = None) -> Pipeline:
     Raises:
       UserError: the starting weights are missing or of another model.
     """
-    del mesh  # the network leaves its arrays where XLA puts them
     model, vocabulary = config.model, read_vocabulary()
     network = DiT(
         width=model.width,
@@ -148,6 +147,7 @@ def emoji_pipeline(config, mesh: Mesh | None = None) -> Pipeline:
         rank=config.lora.rank,
         alpha=config.lora.alpha,
         impl=model.attention,
+        mesh=mesh,
     )
     shape = (model.image_size, model.image_size, 3)
     example = (jnp.zeros((1, *shape)), jnp.zeros(1), jnp.zeros((1, LENGTH), jnp.int32))

@@ -38,6 +38,8 @@ class Dense(nn.Module):
       rank: rank of the LoRA factors, 0 for none.
       alpha: LoRA scale times rank; 0 means alpha = rank.
       zero: start W at 0 (outputs that must begin as the identity).
+      flat: one matrix product of all rows. Not where a mesh divides both the samples
+        and their rows: the joined axis can not be divided so, and would be gathered.
     """
 
     features: int
@@ -47,6 +49,7 @@ class Dense(nn.Module):
     alpha: float = 0.0
     zero: bool = False
     use_bias: bool = True
+    flat: bool = True
 
     @nn.compact
     def __call__(self, x: Float[Array, "*b i"]) -> Float[Array, "*b o"]:
@@ -56,7 +59,7 @@ class Dense(nn.Module):
         kernel = weight(self, "kernel", init, shape, self.axes)
         # Two-dimensional operands: XLA's weight gradient of a 3-D product is twice
         # as slow on CPU.
-        rows = x.reshape(-1, x.shape[-1]).astype(self.dtype)
+        rows = (x.reshape(-1, x.shape[-1]) if self.flat else x).astype(self.dtype)
         y = rows @ kernel.astype(self.dtype)
         if self.rank and self.has_lora():
             y = y + self._low_rank(rows)

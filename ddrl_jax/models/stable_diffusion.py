@@ -39,7 +39,6 @@ def stable_diffusion_pipeline(config: Any, mesh: Mesh | None = None) -> Pipeline
     Raises:
       UserError: the model can not be found, read or honoured.
     """
-    del mesh  # the network leaves its arrays where XLA puts them
     model = config.model
     folder = model_folder(model)
     return assemble(
@@ -50,6 +49,7 @@ def stable_diffusion_pipeline(config: Any, mesh: Mesh | None = None) -> Pipeline
         rank=config.lora.rank,
         alpha=config.lora.alpha,
         impl=model.attention,
+        mesh=mesh,
         vae_dtype=model.vae_dtype,
         vae_at_once=model.vae_at_once,
     )
@@ -75,6 +75,7 @@ def assemble(
     rank: int = 0,
     alpha: float = 0.0,
     impl: str = "xla",
+    mesh: Mesh | None = None,
     vae_dtype: str = "float32",
     vae_at_once: int = 1,
 ) -> Pipeline:
@@ -88,6 +89,7 @@ def assemble(
       rank: of the LoRA, 0 for none.
       alpha: of the LoRA, 0 for its rank.
       impl: attention implementation.
+      mesh: on which the UNet will run; None is one device.
       vae_dtype: of the autoencoder's products.
       vae_at_once: pictures decoded at a time.
 
@@ -95,7 +97,7 @@ def assemble(
       UserError: weights that do not fit, or an image size that has no latent.
     """
     shape = latent_shape(source, image_size)
-    network = UNet2DConditionModel(source.unet, dtype, remat, rank, alpha, impl)
+    network = UNet2DConditionModel(source.unet, dtype, remat, rank, alpha, impl, mesh)
     boxed_init, denoise = _denoiser(network, shape)
     # Before the weights: what is wrong with it is an error without a wait.
     tokenize = clip_tokenize(source.folder / "tokenizer", source.text)

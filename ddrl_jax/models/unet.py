@@ -9,6 +9,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
 from ddrl_jax.models.layers import Dense
@@ -44,6 +45,7 @@ class UNet2DConditionModel(nn.Module):
       rank: LoRA rank in the attention, 0 for none.
       alpha: LoRA alpha, 0 for the rank.
       impl: attention implementation.
+      mesh: on which the attention runs; None is one device.
     """
 
     config: UNetConfig
@@ -52,6 +54,7 @@ class UNet2DConditionModel(nn.Module):
     rank: int = 0
     alpha: float = 0.0
     impl: str = "xla"
+    mesh: Mesh | None = None
 
     @nn.compact
     def __call__(
@@ -94,6 +97,7 @@ class UNet2DConditionModel(nn.Module):
             rank=self.rank,
             alpha=self.alpha,
             impl=self.impl,
+            mesh=self.mesh,
         )
 
     def _time(self, timesteps: Array) -> Array:

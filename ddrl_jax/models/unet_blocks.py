@@ -8,6 +8,7 @@ from typing import NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
 from ddrl_jax.models.attention import attention
@@ -37,6 +38,7 @@ class Style(NamedTuple):
       rank: of LoRA in the attention, 0 for none.
       alpha: of LoRA.
       impl: of the attention.
+      mesh: of the attention; None is one device.
     """
 
     groups: int
@@ -48,6 +50,7 @@ class Style(NamedTuple):
     rank: int
     alpha: float
     impl: str
+    mesh: Mesh | None
 
 
 class LayerNorm(nn.Module):
@@ -94,7 +97,7 @@ class Attention(nn.Module):
             return layer(rows).reshape(*rows.shape[:2], self.heads, -1)
 
         q, k, v = split("to_q", x), split("to_k", context), split("to_v", context)
-        mixed = attention(q, k, v, impl=s.impl).reshape(x.shape)
+        mixed = attention(q, k, v, impl=s.impl, mesh=s.mesh).reshape(x.shape)
         out = Dense(
             width, ("heads", "embed"), s.dtype, s.rank, s.alpha, name="to_out_0"
         )

@@ -1,5 +1,7 @@
 """Attention over tokens on several devices is the attention of one device."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,6 +9,7 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from ddrl_jax.models import attention_kernels
 from ddrl_jax.models.attention import attention
 from ddrl_jax.sharding import make_mesh
 
@@ -42,9 +45,10 @@ def value_and_slopes(impl, mesh, inputs, mask):
         return jnp.sum(out * w), out
 
     go = jax.jit(jax.grad(total, (0, 1, 2), has_aux=True))
-    if mesh is not None and qkv[0].shape[1] % mesh.shape["context"] == 0:
-        place = NamedSharding(mesh, P(("data", "fsdp"), "context"))
-        qkv, mask = jax.device_put((qkv, mask), place)
+    if mesh is not None:
+        qkv, mask = jax.device_put(
+            (qkv, mask), NamedSharding(mesh, P(("data", "fsdp")))
+        )
     return go(*qkv, mask)
 
 
@@ -74,3 +78,93 @@ def test_a_ring_needs_no_number_of_heads(shape, heads):
     expected = value_and_slopes("xla", None, inputs, None)
     found = value_and_slopes("ring", mesh_of(*shape), inputs, None)
     assert_equal(found, expected, 2e-6)
+
+
+@pytest.mark.parametrize("impl", ["ulysses", "ring"])
+def test_lengths_that_do_not_divide_are_padded(impl):
+    inputs = draw(length=13, heads=4)
+    for mask in (None, padding(13)):
+        expected = value_and_slopes("xla", None, inputs, mask)
+        found = value_and_slopes(impl, mesh_of(1, 2, 1, 4), inputs, mask)
+        assert_equal(found, expected, 2e-6)
+
+
+@pytest.mark.parametrize("impl", ["ulysses", "ring", "auto", "xla", "chunked"])
+@pytest.mark.parametrize("queries", [32, 13])
+def test_attention_to_a_prompt(impl, queries):
+    """Queries stay on their device; every device has all of the few keys."""
+    q, _, _, w = draw(length=queries)
+    inputs, mask = (q, *draw(length=7)[:2], w), padding(7)
+    expected = value_and_slopes("xla", None, inputs, mask)
+    found = value_and_slopes(impl, mesh_of(2, 1, 2, 2), inputs, mask)
+    assert_equal(found, expected, 2e-6)
+
+
+def test_a_sample_of_padding_is_that_of_one_device():
+    """No key of it counts: values and slopes are finite, and the same everywhere."""
+    inputs, mask = draw(length=16), padding(16).at[0].set(False)
+    expected = value_and_slopes("xla", None, inputs, mask)
+    for impl in ("ulysses", "ring"):
+        found = value_and_slopes(impl, mesh_of(1, 1, 1, 8), inputs, mask)
+        assert_equal(found, expected, 2e-6)
+
+
+@pytest.mark.parametrize("impl", ["ulysses", "ring"])
+def test_half_precision_is_as_close_as_on_one_device(impl):
+    exact = value_and_slopes("xla", None, draw(), None)
+    mesh, half = mesh_of(2, 1, 1, 4), draw(dtype="bfloat16")
+    found = value_and_slopes(impl, mesh, half, None)
+    assert found[1].dtype == jnp.bfloat16
+    assert_equal(found, exact, 0.02)
+    with pytest.raises(AssertionError):
+        assert_equal(found, exact, 1e-4)
+
+
+def test_queries_of_a_ring_go_in_chunks(monkeypatch):
+    monkeypatch.setattr(attention_kernels, "QUERY_CHUNK", 4)
+    monkeypatch.setattr(attention_kernels, "LEAST_CHUNK", 2)
+    inputs, mask = draw(length=48, heads=3), padding(48)
+    expected = value_and_slopes("xla", None, inputs, mask)
+    found = value_and_slopes("ring", mesh_of(2, 1, 1, 4), inputs, mask)
+    assert_equal(found, expected, 2e-6)
+
+
+# ---- what the compiler made of it
+
+LENGTH, SHARDS = 512, 8
+
+
+def compiled(impl, heads):
+    """The program of one device for the gradients, tokens over the devices."""
+    mesh = mesh_of(1, 1, 1, SHARDS)
+    inputs = draw(length=LENGTH, heads=heads, batch=1)
+    place = NamedSharding(mesh, P(None, "context"))
+
+    def total(q, k, v, w):
+        return jnp.sum(jnp.sin(attention(q, k, v, impl=impl, mesh=mesh)) * w)
+
+    slopes = jax.jit(jax.grad(total, (0, 1, 2)), out_shardings=place)
+    return slopes.lower(*jax.device_put(inputs, place)).compile().as_text()
+
+
+def sizes(text):
+    """Every dimension of every array of numbers in a program."""
+    shapes = re.findall(r"\b(?:f32|bf16|pred)\[([\d,]+)\]", text)
+    return {int(n) for shape in shapes for n in shape.split(",")}
+
+
+def test_a_ring_never_holds_all_tokens():
+    text = compiled("ring", heads=3)
+    assert "collective-permute" in text
+    assert "all-gather" not in text and "all-to-all" not in text
+    assert LENGTH // SHARDS in sizes(text) and max(sizes(text)) < LENGTH
+    assert max(sizes(compiled("xla", heads=3))) >= LENGTH  # keys are gathered there
+
+
+def test_ulysses_holds_all_tokens_of_some_heads():
+    text = compiled("ulysses", heads=8)
+    assert len(re.findall(r" all-to-all(?:-start)?\(", text)) == 8
+    assert "all-gather" not in text and "collective-permute" not in text
+    weights = f"{LENGTH},{LENGTH}]"
+    found = set(re.findall(rf"f32\[([\d,]*){weights}", text))
+    assert found and found <= {"", "1,", "1,1,"}  # of one head

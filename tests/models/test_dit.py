@@ -10,6 +10,7 @@ from tiny_runs import perturbed
 from configs.base import get_config
 from ddrl_jax.models.dit import DiT, overlap_add, overlapping_patches
 from ddrl_jax.models.emoji import LENGTH, read_vocabulary
+from ddrl_jax.sharding import make_mesh, place_batch, put, replicated
 
 RNG = np.random.default_rng(5)
 SIZES = {"vocabulary": 12, "length": 3, "width": 16, "depth": 2, "heads": 2, "patch": 4}
@@ -138,3 +139,76 @@ def test_the_default_network_has_at_most_five_million_parameters():
     shapes = jax.eval_shape(lambda: network.init(jax.random.key(0), *inputs))
     count = sum(a.size for a in jax.tree.leaves(shapes))
     assert 1e6 < count <= 5e6
+
+
+# ---- tokens over several devices
+
+AXES = ("data", "fsdp", "tensor", "context")
+BATCH = (
+    jnp.asarray(RNG.normal(size=(4, 16, 16, 3)), jnp.float32),
+    jnp.linspace(0.1, 0.9, 4),
+    jnp.asarray(RNG.integers(0, 12, (4, 3)), jnp.int32),
+)
+
+
+def mesh_of(*shape):
+    return make_mesh(dict(zip(AXES, shape, strict=True)))
+
+
+def slopes_of(**changes):
+    """A jitted (params, batch) -> (value, gradients)."""
+    network = make(**changes)
+
+    def loss(params, *batch):
+        return jnp.mean(jnp.sin(network.apply({"params": params}, *batch)))
+
+    return jax.jit(jax.value_and_grad(loss))
+
+
+@pytest.fixture(scope="module")
+def four_heads():
+    trees = jax.jit(make(heads=4).init)(jax.random.key(0), *BATCH)
+    return perturbed(nn.meta.unbox(trees)["params"])
+
+
+# 16 patches and 3 words are padded to 20 or 24 tokens
+@pytest.mark.parametrize(
+    ("shape", "impl", "collective"),
+    [
+        ((1, 1, 1, 4), "auto", "all-to-all"),
+        ((1, 1, 1, 8), "auto", "collective-permute"),  # more shards than heads
+        ((2, 1, 2, 2), "auto", "all-to-all"),
+        ((1, 2, 1, 4), "ring", "collective-permute"),
+        ((2, 1, 1, 2), "xla", "all-gather"),
+    ],
+)
+def test_tokens_over_the_context_axis(shape, impl, collective, four_heads):
+    mesh = mesh_of(*shape)
+    value, slopes = slopes_of(heads=4)(four_heads, *BATCH)
+    inputs = (put(four_heads, replicated(mesh)), *place_batch(mesh, BATCH))
+    program = slopes_of(heads=4, mesh=mesh, impl=impl, remat="full").lower(*inputs)
+    program = program.compile()
+    found, others = program(*inputs)
+    np.testing.assert_allclose(found, value, rtol=1e-5)
+    for a, b in zip(jax.tree.leaves(slopes), jax.tree.leaves(others), strict=True):
+        np.testing.assert_allclose(b, a, atol=1e-5 * np.abs(a).max(), rtol=0)
+    assert_tokens_are_divided(program.as_text(), shape, collective)
+
+
+def assert_tokens_are_divided(text, shape, collective):
+    """The collective is in the attention, and no array in a block has all tokens."""
+    tokens, width = 19 + -19 % shape[3], SIZES["width"]
+    samples = BATCH[0].shape[0] // (shape[0] * shape[1])
+    inside = [line for line in text.splitlines() if "/blocks/" in line]
+    assert any(f" {collective}" in line and "_mix/" in line for line in inside)
+    assert any(f"[{samples},{tokens // shape[3]}," in line for line in inside)
+    assert not any(f"[{samples},{tokens},{width}]" in line for line in inside)
+
+
+@pytest.mark.parametrize("impl", ["xla", "auto"])
+def test_a_mesh_without_context_changes_no_operation(impl, params):
+    inputs = (params, Z, TIME, TOKENS)
+    alone = slopes_of().lower(*inputs).as_text()
+    assert slopes_of(mesh=mesh_of(4, 1, 2, 1), impl=impl).lower(*inputs).as_text() == (
+        alone
+    )
