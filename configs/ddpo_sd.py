@@ -86,7 +86,7 @@ def _full(c: ConfigDict, kind: str) -> None:
         c.train.minibatches = 1
     if kind in ("rwr", "sparse_rwr"):
         # 10 rounds: collect 10k, fit with 400 updates of 128 by fresh moments. The
-        # sparse form looks at all samples in an update and leaves out nine in ten.
+        # sparse form fits the best tenth, over and over.
         c.policy.update(term=kind, per_sample_steps=False)
         c.advantages.kind = "batch"
         c.prompts.per_epoch = 10_240

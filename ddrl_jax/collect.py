@@ -17,7 +17,7 @@ from ddrl_jax.preemption import Preemption
 from ddrl_jax.program import Program
 from ddrl_jax.rewards.pool import RewardPool
 from ddrl_jax.rewards.registry import counters
-from ddrl_jax.sharding import place_batch
+from ddrl_jax.sharding import place_batch, to_host
 from ddrl_jax.terms import WEIGHTED
 
 
@@ -28,6 +28,7 @@ class Collected(NamedTuple):
     chunks: list[Minibatch]
     tracker: PerPromptTracker
     metrics: dict[str, float]
+    samples: np.ndarray | None = None  # numbers of those in the chunks; None: all
 
 
 def collect(
@@ -67,13 +68,21 @@ def collect(
     )
     metrics = _reward_metrics(dict(config.rewards.weights), scores)
     metrics |= counters(pool.rewards)
+    samples = None
+    if config.policy.term == "sparse_rwr":
+        x0 = tuple(chunk.x0 for chunk in chunks)
+        samples, advantages, x0 = program.select(advantages, x0)
+        samples = to_host(samples)
+        fresh = draw_chunks(program, prompts, epoch, 0, samples)
+        pairs = zip(fresh, _split(program, x0, len(fresh)), strict=True)
+        chunks = [chunk._replace(x0=part) for chunk, part in pairs]
     chunks = [
         chunk._replace(advantages=part)
         for chunk, part in zip(
             chunks, _split(program, advantages, len(chunks)), strict=True
         )
     ]
-    return Collected(prompts, chunks, tracker, metrics)
+    return Collected(prompts, chunks, tracker, metrics, samples)
 
 
 def _sample(program, state, epoch, prompts, chunks, pool, stop):

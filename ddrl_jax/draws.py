@@ -13,7 +13,11 @@ from ddrl_jax.terms import WEIGHTED
 
 
 def draw_chunks(
-    program: Program, prompts: Prompts, epoch: int, inner: int
+    program: Program,
+    prompts: Prompts,
+    epoch: int,
+    inner: int,
+    samples: np.ndarray | None = None,
 ) -> list[Minibatch]:
     """The epoch's samples in chunks, a microbatch a device, without trajectories yet.
 
@@ -22,21 +26,22 @@ def draw_chunks(
       prompts: of the epoch.
       epoch: from 0.
       inner: pass over the epoch's samples; each draws other data and data noise.
+      samples: which of the epoch's, by number; None is all of them.
     """
-    size, total = program.chunk, len(prompts.index)
+    if samples is None:
+        samples = np.arange(len(prompts.index), dtype=np.int32)
     draw = epoch * program.config.train.inner_epochs + inner
     records, captions = draw_records(program, prompts.index, draw)
     source = program.objective.source  # None without a data term: nothing is read
     fetch = source.fetch if source else None
     chunks = []
-    for start in range(0, total, size):
-        rows = slice(start, start + size)
+    for rows in samples.reshape(-1, program.chunk):
         data = records[rows]
         if fetch is not None:
             data = place_fetched(program.mesh, data, fetch)
         chunks.append(
             program.prepare(
-                epoch, start, inner, prompts.index[rows], data, captions[rows]
+                epoch, inner, rows, prompts.index[rows], data, captions[rows]
             )
         )
     return chunks

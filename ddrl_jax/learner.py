@@ -20,7 +20,12 @@ from ddrl_jax.objectives.advantages import (
     clip_advantages,
     group_normalized,
 )
-from ddrl_jax.objectives.data import rwr_weights, sparse_rwr_weights
+from ddrl_jax.objectives.data import (
+    heaviest,
+    rwr_weights,
+    sparse_rwr_count,
+    sparse_rwr_weights,
+)
 from ddrl_jax.objectives.policy import reward_transform
 from ddrl_jax.terms import (
     WEIGHTED,
@@ -208,6 +213,31 @@ def _make_weights(config: Any):
         return jnp.where(valid, found.reshape(-1), 0.0), tracker
 
     return weights
+
+
+def make_selection(config: Any, chunk: int):
+    """Returns select(weights [b], x0) -> (rows [k], weights [k], x0 [k *x]).
+
+    Of sparse RWR only what weighs something is fitted: as many samples as the
+    percentile keeps, filled up to whole chunks of every minibatch. Minibatches get the
+    rows in turn, so that each has its share of the best of every prompt.
+
+    Args:
+      config: the whole configuration.
+      chunk: samples of one call.
+    """
+    prompts, parts = config.prompts, config.train.minibatches
+    total = prompts.per_epoch * prompts.group_size
+    sets = prompts.per_epoch if config.advantages.kind == "group" else 1
+    kept = sets * sparse_rwr_count(total // sets, config.policy.rwr_percentile)
+    count = -(-kept // (parts * chunk)) * parts * chunk
+
+    def select(weights, x0: tuple):
+        found = heaviest(weights.reshape(sets, -1), count)
+        rows, weights = (x.reshape(-1, parts).T.reshape(-1) for x in found)
+        return rows, weights, jnp.concatenate(x0)[rows]
+
+    return select
 
 
 def make_recompute(objective: Objective):

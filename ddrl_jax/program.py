@@ -6,7 +6,6 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 from jax.tree_util import Partial
@@ -27,6 +26,7 @@ from ddrl_jax.learner import (
     TrainState,
     make_advantages,
     make_recompute,
+    make_selection,
     make_update,
 )
 from ddrl_jax.models.emoji import emoji_pipeline
@@ -80,12 +80,13 @@ class Program(NamedTuple):
     reference: Any  # (params, frozen) of the starting policy where KL is on
     new_state: Callable[[], TrainState]
     abstract_state: Callable[[], TrainState]  # shapes with shardings
-    prepare: Callable  # (epoch, offset, pass, prompts, data, captions) -> Minibatch
+    prepare: Callable  # (epoch, pass, samples, prompts, data, captions) -> Minibatch
     decode: Callable  # x0 -> uint8 images
     rollout: Callable  # (params, frozen, keys, cond, trained) -> Rollout
     sampling: Callable  # params -> (params, frozen) as config.rollout lays them out
     recompute: Callable
     advantages: Callable  # (values, valid, group, index, tracker) -> (adv, tracker)
+    select: Callable  # of sparse RWR: (weights, x0) -> (samples, weights, x0)
     update: Callable  # (state, frozen, reference, chunks) -> (state, metrics)
     refresh: Callable[[TrainState], TrainState]  # new moments and schedule, donated
 
@@ -138,6 +139,7 @@ def build(config) -> Program:
         sampling=weights.sampling(frozen),
         recompute=jax.jit(make_recompute(objective)),
         advantages=jax.jit(make_advantages(config)),
+        select=jax.jit(make_selection(config, chunk_size(config, mesh))),
         update=jax.jit(
             make_update(objective, tx, config.optimizer.ema_decay),
             donate_argnames="state",
@@ -217,11 +219,10 @@ def _make_prepare(config, mesh: Mesh, cond_table: Cond, own, source):
     own_text = source.cond if source is not None and data_table is None else None
 
     @jax.jit
-    def draw(scalars, index, data, captions, table, data_table):
-        epoch, offset, inner = scalars
+    def draw(scalars, sample, index, data, captions, table, data_table):
+        epoch, inner = scalars
         root = jax.random.key(config.seed)
         stream = jax.random.fold_in(jax.random.fold_in(root, DATA_STREAM), inner)
-        sample = offset + jnp.arange(index.shape[0])
         fold = jax.vmap(jax.random.fold_in, in_axes=(None, 0))
         keys = fold(jax.random.fold_in(root, epoch), sample)
         data_keys = fold(jax.random.fold_in(stream, epoch), sample)
@@ -232,9 +233,9 @@ def _make_prepare(config, mesh: Mesh, cond_table: Cond, own, source):
             pair = (data, own_text(data) if own_text else rows)
         return Minibatch(keys, data_keys, cond, *pair, None, None, None)
 
-    def prepare(epoch, offset, inner, index, data, captions):
-        scalars = (np.int32(epoch), np.int32(offset), np.int32(inner))
-        placed = place_batch(mesh, (index, data, captions))
+    def prepare(epoch, inner, samples, index, data, captions):
+        scalars = (np.int32(epoch), np.int32(inner))
+        placed = place_batch(mesh, (samples, index, data, captions))
         return draw(scalars, *placed, cond_table, data_table)
 
     return prepare

@@ -160,7 +160,7 @@ def speeds(config: Any, values: dict, epoch: int) -> dict[str, float]:
 
 def _redraw(program: Program, batch: Collected, epoch: int, inner: int) -> list:
     """The same rollouts with new data draws, in another order of chunks."""
-    fresh = draw_chunks(program, batch.prompts, epoch, inner)
+    fresh = draw_chunks(program, batch.prompts, epoch, inner, batch.samples)
     chunks = [
         old._replace(
             data_keys=new.data_keys, records=new.records, data_cond=new.data_cond

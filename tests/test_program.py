@@ -55,7 +55,8 @@ def test_a_samples_key_is_the_rule_of_the_design(program):
 def test_the_cut_into_chunks_changes_no_key(program):
     prompts, chunks = draw(program)
     index, records = prompts.index, np.zeros(8, np.int32)
-    whole = program.prepare(0, 0, 0, index, records, index)
+    samples = np.arange(8, dtype=np.int32)
+    whole = program.prepare(0, 0, samples, index, records, index)
     for name in ("keys", "data_keys"):
         parts = np.concatenate([raw(getattr(c, name)) for c in chunks])
         np.testing.assert_array_equal(raw(getattr(whole, name)), parts)

@@ -8,15 +8,19 @@ import numpy as np
 import pytest
 from edited_config import configured, refused
 from linear_runs import EMB, PARAMS, PICTURES, batch, objective, params, updated
-from tiny_runs import TINY, flat_source, tiny_program
+from tiny_runs import TINY, flat_source, perturbed_state, tiny_program
 
+from ddrl_jax.collect import collect
 from ddrl_jax.draws import draw_chunks, draw_records
-from ddrl_jax.interfaces import Prompts
+from ddrl_jax.interfaces import Prompts, Scores
 from ddrl_jax.learner import make_advantages
+from ddrl_jax.metrics import Timer
 from ddrl_jax.objectives.advantages import PerPromptTracker
+from ddrl_jax.preemption import Preemption
+from ddrl_jax.rewards.pool import RewardPool
 from ddrl_jax.rollout import initial_noise
 from ddrl_jax.terms import FIT_STREAM, fit_loss
-from ddrl_jax.train import train
+from ddrl_jax.train import train, update_epoch
 
 RWR = {"policy.term": "rwr", "advantages.kind": "batch"}
 REWARDS = np.asarray([1.0, 2.0, 3.0, 9.0, 0.5, 0.25, 4.0, 8.0], np.float32)
@@ -93,6 +97,100 @@ def test_only_weighted_samples_move_the_weights():
     assert moved(WEIGHTS, PICTURES) == moved(WEIGHTS, other)
     other[0] += 5.0
     assert moved(WEIGHTS, PICTURES) != moved(WEIGHTS, other)
+
+
+class Judged(RewardPool):
+    """A pool whose scores are already known."""
+
+    def __init__(self, values):
+        self.values, self.rewards = np.asarray(values, np.float32), {}
+
+    def submit(self, images, prompts):
+        return len(prompts)
+
+    def collect(self, handles):
+        return Scores({"compressibility": self.values}, np.isfinite(self.values))
+
+
+def collected(program, state, values):
+    """(what is fitted, all samples with their weights) of the first epoch."""
+    tracker, pool = PerPromptTracker.init(4, 16), Judged(values)
+    found = collect(program, state, 0, pool, tracker, Timer(), Preemption())
+    scores, prompts = pool.collect([]), found.prompts
+    every, _ = program.advantages(
+        scores.values, scores.valid, prompts.group, prompts.index, tracker
+    )
+    steps = jnp.zeros((0, 4), jnp.int32)
+    chunks = [
+        chunk._replace(
+            x0=program.rollout(
+                state.params, program.frozen, chunk.keys, chunk.cond, steps
+            ).x0,
+            advantages=part,
+        )
+        for chunk, part in zip(
+            draw_chunks(program, prompts, 0, 0), jnp.split(every, 4), strict=True
+        )
+    ]
+    return found, found._replace(chunks=chunks, samples=None)
+
+
+@pytest.mark.parametrize("kind", ["batch", "group"])
+def test_the_sparse_form_fits_the_kept_samples_alone(kind):
+    """A quarter of the work, and the update of all samples with their weights."""
+    program = tiny_program(
+        {
+            "policy.term": "sparse_rwr",
+            "policy.rwr_percentile": 0.75 if kind == "batch" else 0.7,
+            "advantages.kind": kind,
+            "prompts.per_epoch": 4,
+            "train.inner_epochs": 2,
+            "train.minibatches": 1,
+            "optimizer.lr": 1e-2,
+        }
+    )
+    state = perturbed_state(program)
+    values = np.random.default_rng(1).permutation(16).astype(np.float32)
+    values[5] = np.nan  # without a reward: weighs nothing
+    kept, every = collected(program, state, values)
+    assert len(kept.chunks) == 1 and len(every.chunks) == 4
+    valid = np.where(np.isnan(values), -1, values).reshape(
+        1 if kind == "batch" else 4, -1
+    )
+    size = valid.shape[1]
+    best = (
+        np.argsort(-valid, axis=1)[:, : 4 * size // 16]
+        + size * np.arange(len(valid))[:, None]
+    )
+    assert sorted(kept.samples) == sorted(best.reshape(-1))
+    start = jax.device_get(state.params)
+    first, told = update_epoch(program, jax.tree.map(jnp.copy, state), kept, 0)
+    second, wanted = update_epoch(program, state, every, 0)
+    assert told["policy/loss"] == pytest.approx(wanted["policy/loss"], rel=1e-5)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6),
+        first.params,
+        second.params,
+    )
+    moved = jax.tree.map(lambda a, b: float(np.abs(a - b).max()), start, first.params)
+    assert max(jax.tree.leaves(moved)) > 1e-3
+
+
+def test_minibatches_share_the_best_and_whole_chunks_are_filled_up():
+    program = tiny_program(
+        {
+            "policy.term": "sparse_rwr",
+            "policy.rwr_percentile": 0.6,  # keeps 7 of 16: two chunks of four
+            "advantages.kind": "batch",
+            "prompts.per_epoch": 4,
+            "train.minibatches": 2,
+        }
+    )
+    kept, _ = collected(program, perturbed_state(program), np.arange(16.0))
+    wanted = [[9, 11, 13, 15], [10, 12, 14, 0]]
+    np.testing.assert_array_equal(kept.samples.reshape(2, 4), wanted)
+    weights = np.concatenate([c.advantages for c in kept.chunks])
+    np.testing.assert_allclose(weights, [8 / 7] * 7 + [0], rtol=1e-6)
 
 
 @pytest.mark.parametrize("term", ["rwr", "sparse_rwr"])

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from ddrl_jax.diffusion import schedules
 from ddrl_jax.diffusion.gaussian import per_sample
@@ -202,13 +202,46 @@ def sparse_rwr_weights(
             way_out="the DDPO paper uses 0.9, the share that is dropped",
         )
     rewards = _finite(rewards)
-    fraction = percentile if percentile < 1.0 else percentile / 100.0
-    rank = math.ceil(round(fraction * (rewards.shape[-1] - 1), RANK_DECIMALS))
+    rank = rewards.shape[-1] - sparse_rwr_count(rewards.shape[-1], percentile)
     threshold = jnp.sort(rewards, axis=-1)[..., rank : rank + 1]
     kept = (rewards >= threshold).astype(jnp.float32)
     broken = jnp.isnan(rewards).any(axis=-1, keepdims=True)
     kept = jnp.where(broken, jnp.nan, kept)
     return kept / jnp.mean(kept, axis=-1, keepdims=True)
+
+
+def sparse_rwr_count(size: int, percentile: float | int) -> int:
+    """How many of a set of so many different rewards `sparse_rwr_weights` keeps."""
+    fraction = percentile if percentile < 1.0 else percentile / 100.0
+    return size - math.ceil(round(fraction * (size - 1), RANK_DECIMALS))
+
+
+def heaviest(
+    weights: Float[Array, "g b"], count: int
+) -> tuple[Int[Array, " k"], Float[Array, " k"]]:
+    """The rows that weigh most, so many of all sets together, the sets in turn.
+
+    Where fewer of a set fit in than weigh something, as with ties, the first of them
+    take the weight of all.
+
+    Args:
+      weights: >= 0 with mean 1, the set is the last axis.
+      count: k, at most g b.
+
+    Returns:
+      Rows of the flattened weights, and their weights times k / (g b): a mean of k
+      weighted losses is then the one over all rows.
+    """
+    groups, size = weights.shape
+    order = jnp.argsort(-weights, axis=-1, stable=True)
+    ranked = jnp.take_along_axis(weights, order, axis=-1)
+    taken = count > jnp.arange(groups * size).reshape(size, groups).T
+    part = jnp.sum(jnp.where(taken, ranked, 0.0), axis=-1, keepdims=True)
+    whole = jnp.sum(ranked, axis=-1, keepdims=True)
+    ranked = ranked * jnp.where(part > 0, whole / part, 1.0)
+    rows = order + size * jnp.arange(groups)[:, None]
+    first = lambda x: x.T.reshape(-1)[:count]  # noqa: E731
+    return first(rows), first(ranked) * (count / weights.size)
 
 
 def _finite(rewards: Array | np.ndarray) -> Array:

@@ -8,7 +8,9 @@ import pytest
 from ddrl_jax.errors import UserError
 from ddrl_jax.objectives.data import (
     denoising_loss,
+    heaviest,
     rwr_weights,
+    sparse_rwr_count,
     sparse_rwr_weights,
 )
 
@@ -171,3 +173,30 @@ def test_broken_rewards_are_refused_or_poison_their_set(weigh, bad):
         weigh(rewards)
     if np.isnan(bad):
         assert np.isnan(jax.jit(weigh)(rewards)).all()
+
+
+def test_the_heaviest_rows_keep_the_mean_of_the_whole():
+    weights = jnp.asarray([[0.0, 2.0, 0.0, 2.0], [4.0, 0.0, 0.0, 0.0]], jnp.float32)
+    losses = np.arange(1.0, 9.0)
+    for count, rows in ((3, [1, 4, 3]), (5, [1, 4, 3, 5, 0])):
+        found, kept = heaviest(weights, count)
+        np.testing.assert_array_equal(found, rows)
+        mean = np.mean(np.asarray(kept) * losses[found])
+        assert mean == pytest.approx((2 * 2 + 2 * 4 + 4 * 5) / 8)
+
+
+def test_of_ties_that_do_not_fit_the_first_take_the_weight_of_all():
+    weights = jnp.asarray([[1.0, 1.0, 1.0, 1.0], [0.0, 0.0, 4.0, 0.0]], jnp.float32)
+    rows, kept = heaviest(weights, 2)
+    np.testing.assert_array_equal(rows, [0, 6])
+    np.testing.assert_allclose(kept, [1.0, 1.0])  # times 2 / 8
+    rows, kept = heaviest(jnp.zeros((1, 3)), 2)
+    np.testing.assert_array_equal(kept, 0.0)
+
+
+@pytest.mark.parametrize("size", [1, 2, 11, 101])
+@pytest.mark.parametrize("percentile", [0.0, 0.1, 0.55, 0.9, 90, 95])
+def test_the_number_that_is_kept_is_known_before(size, percentile):
+    rewards = np.random.default_rng(size).permutation(size).astype(np.float32)
+    kept = np.count_nonzero(sparse_rwr_weights(rewards, percentile))
+    assert sparse_rwr_count(size, percentile) == kept
