@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ddrl_jax.data.prompts import draw_prompts
+from ddrl_jax.distributed import summed, whole_scores
 from ddrl_jax.draws import draw_chunks, draw_trained_steps
 from ddrl_jax.errors import UserError
 from ddrl_jax.interfaces import Prompts, Rollout, Scores
@@ -17,7 +18,7 @@ from ddrl_jax.preemption import Preemption
 from ddrl_jax.program import Program
 from ddrl_jax.rewards.pool import RewardPool
 from ddrl_jax.rewards.registry import counters
-from ddrl_jax.sharding import place_batch, to_host
+from ddrl_jax.sharding import Held, place_batch, to_host
 from ddrl_jax.terms import WEIGHTED
 
 
@@ -60,14 +61,14 @@ def collect(
         sampled = _sample(program, state, epoch, prompts, chunks, pool, stop)
     if sampled is None:
         return None
-    chunks, handles = sampled
+    chunks, handles, rows = sampled
     with timer("reward"):
-        scores = pool.collect(handles)
+        scores = whole_scores(pool.collect(handles), rows, len(prompts.index))
     advantages, tracker = program.advantages(
         scores.values, scores.valid, prompts.group, prompts.index, tracker
     )
     metrics = _reward_metrics(dict(config.rewards.weights), scores)
-    metrics |= counters(pool.rewards)
+    metrics |= summed(counters(pool.rewards))
     samples = None
     if config.policy.term == "sparse_rwr":
         x0 = tuple(chunk.x0 for chunk in chunks)
@@ -86,26 +87,34 @@ def collect(
 
 
 def _sample(program, state, epoch, prompts, chunks, pool, stop):
-    """Rolls out every chunk; its pictures go to the judges as soon as they exist."""
+    """Rolls out every chunk; its pictures go to the judges as soon as they exist.
+
+    Returns:
+      The chunks, the calls for the rows this process holds, and these rows; or None.
+    """
     config, size = program.config, program.chunk
     trained = draw_trained_steps(config, program.kernel, epoch, len(prompts.index))
-    filled, handles, weights = [], [], program.sampling(state.params)
+    filled, handles, held = [], [], []
+    weights = program.sampling(state.params)
     for number, chunk in enumerate(chunks):
-        if stop.requested:
+        if stop.agree():
             return None
         rows = slice(number * size, (number + 1) * size)
         steps = place_batch(
             program.mesh, np.ascontiguousarray(trained[:, rows]), axis=1
         )
         found = program.rollout(*weights, chunk.keys, chunk.cond, steps)
-        images = found.images
-        images.copy_to_host_async()
-        handles.append(pool.submit(images, prompts.text[rows]))
+        images = Held(place_batch(program.mesh, found.images))
+        own = number * size + images.rows
+        if len(own):
+            images.copy_to_host_async()
+            handles.append(pool.submit(images, [prompts.text[i] for i in own]))
+        held.append(own)
         filled.append(_filled(program, state, chunk, found))
     # The judges of earlier chunks are at work meanwhile; the last pictures are waited
     # for here, so that the clock books this time on the rollout.
-    jax.block_until_ready(images)
-    return filled, handles
+    jax.block_until_ready(found.images)
+    return filled, handles, np.concatenate(held)
 
 
 def _filled(program: Program, state: TrainState, chunk: Minibatch, found: Rollout):

@@ -23,6 +23,7 @@ MODES = {
     "report": "write report.html from what the workdir holds; needs no --config",
     "compare": "one table and figure of WORKDIR/ARM/seed_N; needs no --config",
 }
+PLACE = ("distributed.coordinator", "distributed.processes", "distributed.process")
 USAGE = "python -m ddrl_jax.main --config=configs/quickstart.py --workdir=runs/mine"
 
 
@@ -32,6 +33,7 @@ class Command(NamedTuple):
     mode: str
     workdir: str
     config: ConfigDict | None
+    place: dict[str, str | None]  # of this process; see ddrl_jax.distributed
 
 
 def help_text() -> str:
@@ -41,6 +43,10 @@ def help_text() -> str:
         f"{USAGE}\n\n{modes}\n\n"
         "  --config=FILE:VARIANT  passes VARIANT to get_config of FILE, as in :smoke\n"
         "  --config.KEY=VALUE     changes a key; configs/base.py lists and explains all"
+        "\n\n"
+        "Several processes that no cluster starts (Slurm, Open MPI, TPU and GKE do):\n"
+        "  --distributed.coordinator=HOST:PORT --distributed.processes=N\n"
+        "  --distributed.process=I   of this one, 0..N-1"
     )
 
 
@@ -58,6 +64,8 @@ def parse(argv: Sequence[str]) -> Command:
     flags.DEFINE_string("config", None, "configuration file", flag_values=values)
     flags.DEFINE_string("workdir", None, "folder of the run", flag_values=values)
     flags.DEFINE_string("mode", "train", "what to do", flag_values=values)
+    for name in PLACE:
+        flags.DEFINE_string(name, None, "see --help", flag_values=values)
     # What comes after an override of a key is to be seen too.
     values.set_gnu_getopt(True)
     try:
@@ -78,10 +86,11 @@ def parse(argv: Sequence[str]) -> Command:
             way_out="--workdir=runs/mine",
         )
     _check_flags(rest[1:])
+    place = {name.removeprefix("distributed."): values[name].value for name in PLACE}
     if not values.config and values.mode in ("report", "compare"):
-        return Command(values.mode, values.workdir, None)
+        return Command(values.mode, values.workdir, None, place)
     config = override(load_config(values.config or ""), rest)
-    return Command(values.mode, values.workdir, config)
+    return Command(values.mode, values.workdir, config, place)
 
 
 def _check_mode(mode: str) -> None:
@@ -105,7 +114,8 @@ def _check_flags(rest: Sequence[str]) -> None:
             f"there is no flag --{name}",
             got=argument,
             wanted="--config, --config.KEY, --workdir or --mode",
-            way_out=near(name, ("config", "workdir", "mode")) + "--help lists them",
+            way_out=near(name, ("config", "workdir", "mode", *PLACE))
+            + "--help lists them",
         )
 
 

@@ -293,6 +293,13 @@ def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
     return flat
 
 
+def shared_settings(config: Any) -> dict[str, Any]:
+    """The keys that have to be the same in every process of a run."""
+    own = ("log.", "rewards.threads", "rewards.timeout")
+    flat = flatten(config).items()
+    return {key: plain(value) for key, value in flat if not key.startswith(own)}
+
+
 def plain(value: Any) -> Any:
     """Returns a table as a dict, so that it prints on one line."""
     return value.to_dict() if hasattr(value, "to_dict") else value

@@ -10,6 +10,7 @@ import numpy as np
 from ddrl_jax.diffusion.kernels import make_kernel
 from ddrl_jax.diffusion.schedules import flow_sigmas
 from ddrl_jax.diffusion.solvers import solve
+from ddrl_jax.distributed import is_main, own_share, whole_scores
 from ddrl_jax.draws import draw_records, draw_trained_steps
 from ddrl_jax.interfaces import Cond, DataSource, Reward
 from ddrl_jax.learner import TrainState
@@ -83,7 +84,10 @@ class Evaluation:
         config, values = self.program.config, {}
         r = config.rewards
         with RewardPool(self.judges, r.threads, r.timeout, r.on_failure) as pool:
-            found = pool.collect([pool.submit(images, self.text)])
+            rows = own_share(self.count)
+            text = [self.text[i] for i in rows]
+            calls = [pool.submit(images[rows], text)] if text else []
+            found = whole_scores(pool.collect(calls), rows, self.count)
         if not found.valid.all():  # only with on_failure "mask"
             values["evaluation/valid"] = float(np.mean(found.valid))
         for name, scores in found.values.items():
@@ -203,6 +207,8 @@ def evaluate_mode(config: Any, workdir: str) -> None:
     log.tensorboard = log.wandb = False
     with Metrics(home, log) as metrics:
         values = Evaluation(program, judges).run(state, metrics, epoch)
+    if not is_main():
+        return
     print(f"epoch {epoch}")
     for name, value in sorted(values.items()):
         print(f"{name:32s} {value:.5g}")

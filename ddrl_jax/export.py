@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from ddrl_jax.checkpoint import Checkpoints
+from ddrl_jax.distributed import is_main
 from ddrl_jax.errors import UserError
 from ddrl_jax.interfaces import Params
 from ddrl_jax.models.emoji import write_params
@@ -41,14 +42,16 @@ def export_mode(config: Any, workdir: str) -> None:
             wanted="a workdir of --mode=train",
             way_out="train first, or correct --workdir",
         )
+    weights = to_host(_weights(program, state.average))
+    if not is_main():
+        return
     target = Path(home.root) / "export" / f"{epoch:06d}"
     write = _diffusers if config.model.name == "stable_diffusion" else _archive
-    print(
-        f"exported epoch {epoch}: {write(program, state.average, target)}", flush=True
-    )
+    print(f"exported epoch {epoch}: {write(config, weights, target)}", flush=True)
 
 
-def _archive(program: Program, trained: Params, target: Path) -> Path:
+def _archive(config: Any, weights: Params, target: Path) -> Path:
+    del config
     target = target.with_suffix(".npz")
     if target.exists():
         raise UserError(
@@ -58,21 +61,26 @@ def _archive(program: Program, trained: Params, target: Path) -> Path:
             way_out="move it away",
         )
     target.parent.mkdir(exist_ok=True)
-    write_params(target, _whole(program, trained))
+    write_params(target, weights)
     return target
 
 
-def _diffusers(program: Program, trained: Params, target: Path) -> Path:
+def _diffusers(config: Any, weights: Params, target: Path) -> Path:
     """A LoRA file for `load_lora_weights`, or a whole pipeline folder."""
-    config = program.config
-    if config.lora.rank and not config.export.merge_lora:
-        baked = config.export.bake_alpha
-        return write_lora(target, to_host(trained), config.lora, baked)
-    params, folder = _whole(program, trained), model_folder(config.model)
-    dtype, variant = config.export.dtype, config.model.variant
-    return write_pipeline(folder, target, to_host(params), dtype, variant)
+    if _keeps_lora(config):
+        return write_lora(target, weights, config.lora, config.export.bake_alpha)
+    folder, variant = model_folder(config.model), config.model.variant
+    return write_pipeline(folder, target, weights, config.export.dtype, variant)
 
 
-def _whole(program: Program, trained: Params) -> Params:
+def _weights(program: Program, trained: Params) -> Params:
+    """What is exported: a LoRA by itself, or whole weights."""
     lora = program.config.lora
-    return merge_lora(program.frozen, trained, lora) if lora.rank else trained
+    if not lora.rank or _keeps_lora(program.config):
+        return trained
+    return merge_lora(program.frozen, trained, lora)
+
+
+def _keeps_lora(config: Any) -> bool:
+    alone = config.lora.rank and not config.export.merge_lora
+    return bool(alone) and config.model.name == "stable_diffusion"

@@ -8,28 +8,34 @@ import errno
 import os
 import sys
 import tempfile
+import traceback
 from collections.abc import Sequence
+from contextlib import nullcontext
 
 from ml_collections import ConfigDict
 
+from ddrl_jax import __version__
 from ddrl_jax.command_line import Command, help_text, parse
 from ddrl_jax.errors import UserError
 
+EXIT_CRASH = 1
 EXIT_ERROR = 2
 EXIT_INTERRUPTED = 130  # what a shell reports of a program ended by Ctrl-C
 
 
-def run(argv: Sequence[str]) -> int:
+def run(argv: Sequence[str], *, join: bool = False) -> int:
     """Runs one command and returns its exit status.
 
     Args:
       argv: as sys.argv, the program first.
+      join: join the other processes of the run, if there are any. Only where nothing
+        of this process has touched a device yet.
     """
     try:
         if {"--help", "-h", "-help"} & set(argv[1:]):
             print(help_text())
             return 0
-        _dispatch(parse(argv))
+        _dispatch(parse(argv), join)
         return 0
     except UserError as error:
         return _complain(error)
@@ -50,10 +56,19 @@ def _complain(error: UserError) -> int:
 
 def main() -> None:
     """Runs the command of this process and leaves with its exit status."""
-    sys.exit(run(sys.argv))
+    try:
+        status = run(sys.argv, join=True)
+    except Exception:
+        traceback.print_exc()
+        status = EXIT_CRASH
+    if status and "ddrl_jax.distributed" in sys.modules:
+        from ddrl_jax.distributed import leave
+
+        leave(status)
+    sys.exit(status)
 
 
-def _dispatch(command: Command) -> None:
+def _dispatch(command: Command, join: bool) -> None:
     """Checks what can be checked without computing, and calls the mode."""
     mode, config = command.mode, command.config
     workdir = os.path.expanduser(command.workdir)
@@ -66,10 +81,17 @@ def _dispatch(command: Command) -> None:
         _report(workdir)
         return
     from ddrl_jax.check_config import check_config
+    from ddrl_jax.config_rules import shared_settings
+    from ddrl_jax.distributed import check_agreement, joined, place
 
-    check_config(config, _device_count())
-    _enable_compilation_cache()
-    _MODE_CALLS[mode](config, workdir)
+    where = place(command.place, os.environ)
+    with joined(where) if join else nullcontext():
+        check_config(config, _device_count())
+        check_agreement(
+            {"--mode": mode, "ddrl_jax": __version__} | shared_settings(config)
+        )
+        _enable_compilation_cache()
+        _MODE_CALLS[mode](config, workdir)
 
 
 def _device_count() -> int:

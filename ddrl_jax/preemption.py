@@ -5,6 +5,10 @@ import signal
 import threading
 from types import FrameType, TracebackType
 
+import numpy as np
+
+from ddrl_jax.distributed import every
+
 _NOTICE = b"\n%s: finishing the step, then saving\n"
 
 
@@ -19,10 +23,11 @@ class Preemption:
     Attributes:
       requested: whether a signal has asked for the end.
       signal_name: which one, "SIGTERM" or "SIGINT"; None before.
+      agreed: whether all processes of the run have agreed to stop.
     """
 
     def __init__(self) -> None:
-        self.requested = False
+        self.requested = self.agreed = False
         self.signal_name: str | None = None
         self._old: dict[int, object] = {}
 
@@ -42,6 +47,16 @@ class Preemption:
             # None: the handler was installed outside Python and can not be put back.
             signal.signal(number, signal.SIG_DFL if handler is None else handler)  # pyright: ignore[reportArgumentType]
         self._old.clear()
+
+    def agree(self) -> bool:
+        """Whether to stop: a signal has reached this process or any other.
+
+        Every process has to call it at the same point of its work, so that all of them
+        stop there.
+        """
+        if not self.agreed:
+            self.agreed = bool(every(np.array(self.requested)).any())
+        return self.agreed
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.requested:

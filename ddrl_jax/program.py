@@ -12,6 +12,7 @@ from jax.tree_util import Partial
 
 from ddrl_jax.data.prompts import prompt_list, records_by_prompt, require_records
 from ddrl_jax.diffusion.kernels import make_kernel
+from ddrl_jax.distributed import main_first
 from ddrl_jax.interfaces import (
     Cond,
     DataSource,
@@ -100,7 +101,7 @@ def build(config) -> Program:
     mesh = make_mesh(config.mesh)
     pipeline = PIPELINES[config.model.name](config, mesh)
     kernel = make_kernel(config.sampler, pipeline.prediction)
-    source = make_source(config, pipeline)
+    source = main_first(lambda: make_source(config, pipeline))
     captions = source.captions if source else ()
     prompts = prompt_list(config.prompts, captions, config.seed)
     needs_data = config.data_term.weight > 0

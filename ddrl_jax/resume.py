@@ -7,6 +7,7 @@ from ddrl_jax.errors import UserError
 from ddrl_jax.learner import TrainState
 from ddrl_jax.objectives.advantages import PerPromptTracker
 from ddrl_jax.program import Program
+from ddrl_jax.sharding import put, replicated
 
 
 def start(
@@ -14,8 +15,9 @@ def start(
 ) -> tuple[int, TrainState, PerPromptTracker]:
     """The state to begin with: the newest checkpoint's, or a new one."""
     config = program.config
-    tracker = PerPromptTracker.init(
-        len(program.prompts), config.advantages.tracker_size
+    tracker = put(
+        PerPromptTracker.init(len(program.prompts), config.advantages.tracker_size),
+        replicated(program.mesh),
     )
     like = {"train": program.abstract_state(), "tracker": abstract(tracker)}
     found = checkpoints.restore(like, config.checkpoint.resume)

@@ -1,5 +1,6 @@
 """--mode=sample: a captioned data set of samples of the policy itself."""
 
+from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from tqdm import tqdm
 
 from ddrl_jax.checkpoint import Checkpoints
 from ddrl_jax.data.samples import write_samples
+from ddrl_jax.distributed import is_main
 from ddrl_jax.evaluate import chunks_of, make_sampler
 from ddrl_jax.learner import TrainState
 from ddrl_jax.program import Program, build
@@ -38,7 +40,11 @@ def sample_mode(config: Any, workdir: str) -> None:
         program = build(config)
         checkpoints = Checkpoints(home.checkpoints, 0, 1, read_only=True)
         _, state, _ = start(program, checkpoints)
-        count = write_samples(output, _draw(program, state))
+        drawn = _draw(program, state)
+        if not is_main():  # helps to draw, and process 0 writes
+            deque(drawn, maxlen=0)
+            return
+        count = write_samples(output, drawn)
     print(f"{count} samples of {len(program.prompts)} prompts: {output}", flush=True)
 
 
@@ -54,7 +60,8 @@ def _draw(
     root = jax.random.fold_in(jax.random.key(config.seed), SAMPLE_STREAM)
     size, done = program.chunk, 0
     parts = list(chunks_of(program, root, index))
-    for part in tqdm(parts, disable=not config.log.progress, unit="batch"):
+    shown = config.log.progress and is_main()
+    for part in tqdm(parts, disable=not shown, unit="batch"):
         rows = index[done : done + size]
         images = to_host(sample(state.average, program.frozen, *part))
         yield images[: len(rows)], tuple(program.prompts[i] for i in rows)

@@ -207,6 +207,37 @@ def place_fetched(mesh: Mesh, numbers: np.ndarray, fetch: Any) -> Any:
     return jax.tree.map(place, fetch(numbers[rows]))
 
 
+class Held:
+    """The rows of a batch that this process is the first to hold; read as an array.
+
+    Every row is held by exactly one process, whatever else the mesh splits.
+
+    Args:
+      batch: an array of `place_batch`.
+
+    Attributes:
+      rows: their positions in the batch.
+      shape: of what `np.asarray` gives.
+    """
+
+    def __init__(self, batch: jax.Array):
+        where = np.arange(batch.shape[0])
+        found = [s for s in batch.addressable_shards if s.replica_id == 0]
+        found.sort(key=lambda s: where[s.index[0]][0])
+        self._parts = [s.data for s in found]
+        empty = np.zeros(0, where.dtype)
+        self.rows = np.concatenate([empty, *(where[s.index[0]] for s in found)])
+        self.shape = (len(self.rows), *batch.shape[1:])
+
+    def copy_to_host_async(self) -> None:
+        """Starts the copy to the host."""
+        for part in self._parts:
+            part.copy_to_host_async()
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        return np.concatenate([np.asarray(part) for part in self._parts])
+
+
 def to_host(tree: Any) -> Any:
     """Copies a tree of arrays to NumPy; what is spread over processes comes whole.
 

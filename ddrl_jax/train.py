@@ -8,6 +8,8 @@ import numpy as np
 
 from ddrl_jax.checkpoint import Checkpoints
 from ddrl_jax.collect import Collected, collect
+from ddrl_jax.config_rules import shared_settings
+from ddrl_jax.distributed import check_agreement, is_main
 from ddrl_jax.draws import draw_chunks
 from ddrl_jax.evaluate import Evaluation
 from ddrl_jax.interfaces import Reward
@@ -49,7 +51,7 @@ def train(config: Any, workdir: str) -> None:
             run(program, rewards, home, checkpoints, stop)
         finally:
             checkpoints.close()
-        if not stop.requested:
+        if is_main() and not stop.agreed:
             print(f"report: {write_report(home)}", flush=True)
 
 
@@ -64,9 +66,11 @@ def run(
     config = program.config
     epoch, state, tracker = start(program, checkpoints)
     if epoch >= config.train.epochs:
-        print(f"{home.root}: all {epoch} epochs are done", flush=True)
+        if is_main():
+            print(f"{home.root}: all {epoch} epochs are done", flush=True)
         return
-    home.truncate_metrics(epoch if epoch else -1)
+    if is_main():
+        home.truncate_metrics(epoch if epoch else -1)
     if config.policy.weight and config.policy.term not in WEIGHTED:
         check_ratio(program, state)
     evaluation, timer = Evaluation(program, rewards), Timer()
@@ -78,12 +82,13 @@ def run(
         if epoch == 0:
             metrics.write(0, evaluation.run(state, metrics, 0))
         timer.epoch()  # what came before belongs to no epoch
-        while epoch < config.train.epochs and not stop.requested:
+        while epoch < config.train.epochs and not stop.agree():
             # 1. Sample, judge, turn rewards into advantages.
             bar.stage("rollout")
             batch = collect(program, state, epoch, pool, tracker, timer, stop)
             if batch is None:  # asked to stop: the epoch is dropped and drawn again
                 break
+            check_epoch(program, state, batch, epoch)
             # 2. Update.
             bar.stage("update")
             with timer("update"):
@@ -103,14 +108,36 @@ def run(
             save(checkpoints, epoch, state, tracker, program, force=last)
             timer.epoch()  # evaluation and saving are no part of the next epoch
     save(checkpoints, epoch, state, tracker, program, force=True)
-    if stop.requested:
+    if stop.agree():
         checkpoints.wait()
-        kept = f"epoch {epoch} is saved" if epoch else "no epoch is done yet"
-        print(
-            f"{stop.signal_name}: {kept}; the same command goes on from there",
-            file=sys.stderr,
-            flush=True,
-        )
+        if is_main():
+            say_goodbye(stop, epoch)
+
+
+def say_goodbye(stop: Preemption, epoch: int) -> None:
+    """Says which epoch a stopped run goes on from."""
+    cause = stop.signal_name or "a signal to another process"
+    kept = f"epoch {epoch} is saved" if epoch else "no epoch is done yet"
+    text = f"{cause}: {kept}; the same command goes on from there"
+    print(text, file=sys.stderr, flush=True)
+
+
+def check_epoch(
+    program: Program, state: TrainState, batch: Collected, epoch: int
+) -> None:
+    """Stops the run where a process works on something else than the others.
+
+    Raises:
+      UserError: names the process and its host.
+    """
+    check_agreement(
+        {
+            "the configuration": shared_settings(program.config),
+            "the prompts": batch.prompts.text,
+            "the optimizer step": int(state.step),
+            "the epoch": epoch,
+        }
+    )
 
 
 def update_epoch(

@@ -15,6 +15,7 @@ from typing import Any
 import jax
 
 from ddrl_jax import __version__
+from ddrl_jax.distributed import check_shared, is_main, main_first
 from ddrl_jax.errors import UserError
 
 # Keys that a later start may change: what they change is not the numbers of the run,
@@ -139,6 +140,12 @@ def open_workdir(
         if not root.is_dir():
             raise _unusable(root, "no such folder", "the workdir of an earlier run")
         return Workdir(root)
+    workdir = main_first(lambda: _take(root, config) if is_main() else Workdir(root))
+    check_shared(workdir.starts)  # that process 0 has just written to
+    return workdir
+
+
+def _take(root: Path, config: Any) -> Workdir:
     try:
         root.mkdir(parents=True, exist_ok=True)
         lock = _lock(root)

@@ -36,7 +36,7 @@ RUN = (
     "resume",
 )  # one run put together
 MODES = ("evaluate", "sample", "export", "plan")
-BELOW_TRAIN = (*PARTS, *PLUMBING, *MEASURES, *CHECKS, *RUN)
+BELOW_TRAIN = (*PARTS, *PLUMBING, "distributed", *MEASURES, *CHECKS, *RUN)
 IMPORT_TABLE: dict[str, tuple[str, ...]] = {
     "": (),
     "errors": (),
@@ -56,13 +56,16 @@ IMPORT_TABLE: dict[str, tuple[str, ...]] = {
     "rollout": ("diffusion.gaussian",),
     "terms": ("rollout", "objectives", "diffusion"),
     "learner": ("terms", "rollout", "objectives", "diffusion", "optim", "sharding"),
-    **{name: () for name in (*PLUMBING, *MEASURES)},
-    "checkpoint": ("fingerprint", "orbax_log"),
+    "watch": (),
+    "distributed": ("watch",),
+    **{name: ("distributed",) for name in PLUMBING},
+    **{name: () for name in MEASURES},
+    "checkpoint": ("fingerprint", "orbax_log", "distributed"),
     **{
         name: ("diffusion", "models", "rewards", "data", "terms", *CHECKS)
         for name in CHECKS
     },
-    **{name: (*PARTS, *PLUMBING, *RUN) for name in RUN},
+    **{name: (*PARTS, *PLUMBING, "distributed", *RUN) for name in RUN},
     **{name: (*BELOW_TRAIN, *MODES) for name in MODES},
     "train": (*BELOW_TRAIN, *MODES),
     "compare": ("compare", *BELOW_TRAIN, *MODES, "train", "main"),

@@ -1,0 +1,298 @@
+"""Several processes as one run: how they find each other and what they agree on.
+
+A lone process is not joined to anything. The service of jax.distributed would end it
+when its heartbeats come late, as after the sleep of a laptop, and gives it nothing:
+its signals are handled by ddrl_jax.preemption, and Orbax needs no service for one.
+"""
+
+import hashlib
+import os
+import socket
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from ddrl_jax.errors import UserError
+from ddrl_jax.interfaces import Scores
+from ddrl_jax.watch import Watch
+
+HEARTBEAT = 25  # seconds without a word from a process until the others end
+ARRIVAL = 300  # seconds that the processes of a run may take to come together
+NAME_BYTES = 64  # of a host's name, in what the processes compare
+KEYS = ("coordinator", "processes", "process")  # --distributed.KEY, DDRL_KEY
+T = TypeVar("T")
+
+
+class Place(NamedTuple):
+    """Where a process stands in a run that was started by hand.
+
+    Attributes:
+      coordinator: HOST:PORT of process 0, free there and within reach of all.
+      processes: how many there are.
+      process: which one this is, from 0.
+    """
+
+    coordinator: str
+    processes: int
+    process: int
+
+
+def place(
+    flags: Mapping[str, str | None], environment: Mapping[str, str]
+) -> Place | None:
+    """Reads where this process stands from flags, or else from the environment.
+
+    Args:
+      flags: coordinator, processes and process as the command line gives them.
+      environment: DDRL_COORDINATOR, DDRL_PROCESSES, DDRL_PROCESS.
+
+    Returns:
+      None where nothing is given: then the cluster, if there is one, says.
+
+    Raises:
+      UserError: only a part is given, or a value that can not be.
+    """
+    found = {
+        key: flags.get(key) or environment.get(f"DDRL_{key.upper()}") for key in KEYS
+    }
+    if not any(found.values()):
+        return None
+    if found["processes"] == "1":
+        return Place(found["coordinator"] or "", 1, 0)
+    shown = ", ".join(f"{key} {value or 'missing'}" for key, value in found.items())
+    try:
+        coordinator, port = str(found["coordinator"]).rsplit(":", 1)
+        count, index = int(found["processes"] or ""), int(found["process"] or "")
+        good = bool(coordinator) and 0 < int(port) < 65536 and 0 <= index < count
+    except ValueError:
+        good, count, index = False, 0, 0
+    if good:
+        return Place(str(found["coordinator"]), count, index)
+    raise UserError(
+        "it is not clear which process of the run this is",
+        got=shown,
+        wanted="--distributed.coordinator=HOST:PORT, --distributed.processes=N and "
+        "--distributed.process=0..N-1, or DDRL_COORDINATOR, DDRL_PROCESSES and "
+        "DDRL_PROCESS",
+        way_out="give all three to every process, or none of them where Slurm, Open "
+        "MPI, a TPU pod or GKE starts the processes",
+    )
+
+
+@contextmanager
+def joined(where: Place | None) -> Iterator[None]:
+    """Joins this process to the others of its run, if it has any.
+
+    To be entered before anything touches a device. When another process fails or is
+    killed, this one ends too, with a message that names it.
+
+    Args:
+      where: of `place`; None lets jax.distributed ask the cluster: Slurm, Open MPI, a
+        TPU pod, GKE.
+
+    Raises:
+      UserError: the processes do not come together.
+    """
+    if not _initialize(where) or jax.process_count() == 1:
+        yield
+        return
+    from jax._src.distributed import global_state  # Orbax and Flax read it too
+
+    watch = Watch(global_state.client, str(global_state.coordinator_address))
+    try:
+        yield
+    except BaseException as error:
+        watch.fail(error)
+        raise
+    watch.finish()
+    jax.distributed.shutdown()
+
+
+def _initialize(where: Place | None) -> bool:
+    """Starts jax.distributed; False for a process that is alone."""
+    if where is not None and where.processes == 1:
+        return False
+    # SIGTERM is read by ddrl_jax.preemption.
+    jax.config.update("jax_enable_preemption_service", False)
+    options: dict[str, Any] = {
+        "heartbeat_timeout_seconds": HEARTBEAT,
+        "initialization_timeout": ARRIVAL,
+    }
+    try:
+        if where is None:
+            jax.distributed.initialize(**options)
+        else:
+            jax.distributed.initialize(
+                *where, cluster_detection_method="deactivate", **options
+            )
+    except ValueError as error:
+        if where is None and "coordinator_address should be" in str(error):
+            return False  # no cluster of any kind
+        raise _not_together(where, error) from error
+    except RuntimeError as error:
+        raise _not_together(where, error) from error
+    return True
+
+
+def _not_together(where: Place | None, error: Exception) -> UserError:
+    given = "a cluster"
+    if where is not None:
+        given = f"{where.coordinator}, process {where.process} of {where.processes}"
+    return UserError(
+        "the processes of the run do not come together",
+        got=f"{given}: {' '.join(str(error).split())[:500]}",
+        wanted=f"all of them within {ARRIVAL} s, and process 0 at the coordinator's "
+        "address",
+        way_out="look at the messages of the others, and name a free port that all of "
+        "them reach; --distributed.processes=1 runs this process alone",
+    )
+
+
+def is_main() -> bool:
+    """Whether this process writes and prints for the run: process 0."""
+    return jax.process_index() == 0
+
+
+def every(values: np.ndarray) -> np.ndarray:
+    """Gathers an array of the same shape and type from each process.
+
+    Every process has to call it. Bits are kept, whatever the type.
+
+    Args:
+      values: [...], of this process.
+
+    Returns:
+      [processes ...].
+    """
+    values = np.ascontiguousarray(values)
+    if jax.process_count() == 1:
+        return values[None]
+    raw = multihost_utils.process_allgather(values.reshape(-1).view(np.uint8))
+    return np.asarray(raw).view(values.dtype).reshape(-1, *values.shape)
+
+
+def main_first(work: Callable[[], T]) -> T:
+    """Runs work on process 0, then on the others, which find what it has written."""
+    if is_main():
+        found = work()
+        every(np.zeros(1))
+        return found
+    every(np.zeros(1))
+    return work()
+
+
+def check_shared(file: Path) -> None:
+    """Stops the run where a process does not see the file that process 0 sees.
+
+    Raises:
+      UserError: names the processes.
+    """
+    seen = file.read_bytes() if file.exists() else b""
+    digests = every(_bytes(hashlib.sha256(seen).digest()))
+    apart = np.flatnonzero((digests != digests[0]).any(axis=1))
+    if len(apart):
+        raise UserError(
+            f"{file.parent} is not the same folder in all processes",
+            got=f"another one than process 0's in {', '.join(map(str, apart))}",
+            wanted="one folder that every process of the run reaches by this path",
+            way_out="name a folder on a shared file system with --workdir",
+        )
+
+
+def own_share(total: int) -> np.ndarray:
+    """Rows [n] of `total` that this process works on, where every process has all."""
+    return np.array_split(np.arange(total), jax.process_count())[jax.process_index()]
+
+
+def whole_scores(scores: Scores, rows: np.ndarray, total: int) -> Scores:
+    """Joins the scores of all processes in the order of the samples.
+
+    Args:
+      scores: of the rows that this process has judged.
+      rows: [n] their positions; each position is one process's.
+      total: how many samples there are.
+    """
+    if jax.process_count() == 1:
+        return scores
+    names = list(scores.values)
+    table = np.zeros((len(names) + 2, total), np.float32)
+    table[:, rows] = [*scores.values.values(), scores.valid, np.ones(len(rows))]
+    tables = every(table)  # [processes names+2 total]
+    owner = tables[:, -1].argmax(0)
+    *values, valid, judged = tables[owner, :, np.arange(total)].T
+    assert judged.all(), "a sample that no process holds"
+    return Scores(dict(zip(names, values, strict=True)), valid.astype(bool))
+
+
+def summed(counts: dict[str, float]) -> dict[str, float]:
+    """Adds up what each process has counted under the same names."""
+    if not counts:
+        return counts
+    totals = every(np.array(list(counts.values()), np.float64)).sum(0)
+    return dict(zip(counts, totals.tolist(), strict=True))
+
+
+def check_agreement(values: Mapping[str, object]) -> None:
+    """Stops the run where a process stands elsewhere than the others.
+
+    Args:
+      values: what has to be the same everywhere, each with a stable str().
+
+    Raises:
+      UserError: names the processes that differ, their hosts, and in what.
+    """
+    if jax.process_count() == 1:
+        return
+    names, texts = list(values), [str(value) for value in values.values()]
+    host = socket.gethostname().encode()[:NAME_BYTES].ljust(NAME_BYTES)
+    hosts = [row.tobytes().decode().strip() for row in every(_bytes(host))]
+    _compare(hosts, ["the list of what is compared"], [str(names)])
+    _compare(hosts, names, texts)
+
+
+def _compare(hosts: list[str], names: list[str], texts: list[str]) -> None:
+    digests = [hashlib.sha256(text.encode()).digest()[:8] for text in texts]
+    rows = every(np.stack([_bytes(digest) for digest in digests]))
+    whole = [row.tobytes() for row in rows]
+    usual = max(whole, key=whole.count)  # the first of the most frequent ones
+    others = [i for i, row in enumerate(whole) if row != usual]
+    if not others:
+        return
+    differ = (rows != rows[whole.index(usual)]).any(axis=(0, 2))
+    here = jax.process_index()
+    raise UserError(
+        "the processes do not agree on what they run",
+        got="; ".join(f"process {i} on {hosts[i]} differs" for i in others)
+        + " in "
+        + ", ".join(np.array(names)[differ][:8]),
+        wanted="the same program, configuration and prompts in every process; process "
+        f"{here} has "
+        + ", ".join(
+            f"{n} = {t[:60]}" for n, t, d in zip(names, texts, differ, strict=True) if d
+        )[:400],
+        way_out="start all processes with the same command on the same code and data",
+    )
+
+
+def _bytes(raw: bytes) -> np.ndarray:
+    return np.frombuffer(raw, np.uint8)
+
+
+def leave(status: int) -> None:
+    """Ends a process that is joined to others at once, and any other one not at all.
+
+    The farewell of jax.distributed would wait for processes that do not come to it.
+    """
+    from jax._src.distributed import global_state
+
+    if global_state.client is None and global_state.service is None:
+        return
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)

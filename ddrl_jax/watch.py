@@ -1,0 +1,164 @@
+"""Each process of a run learns at once that another one has ended.
+
+A connection to process 0 is open for as long as a process lives: the kernel closes it
+when the process is killed, long before a heartbeat is missed, and whoever fails says
+why. jax.distributed would abort the others with a stack of C++ instead.
+"""
+
+import json
+import os
+import secrets
+import selectors
+import socket
+import sys
+import threading
+import time
+from typing import Any
+
+import jax
+
+from ddrl_jax.errors import UserError
+
+MEETING = "ddrl_jax/watch"  # where process 0 says how it is reached
+END = "ddrl_jax/end"  # the barrier after which connections may close
+PATIENCE = 60  # seconds until all are connected
+ECHO = 3.0  # seconds in which the cause of an error of ours may show in another process
+FAREWELL = 3.0  # seconds that process 0 waits for the others to have read
+FOREVER_MS = 30 * 24 * 3600 * 1000
+EXIT_ERROR = 2
+
+
+class Watch:
+    """The connections of one process, and the thread that reads them.
+
+    Args:
+      client: of jax.distributed.
+      coordinator: its HOST:PORT; process 0 is reached at this host.
+    """
+
+    def __init__(self, client: Any, coordinator: str):
+        self._client, self._index = client, jax.process_index()
+        self._count = jax.process_count()
+        self._names: dict[socket.socket, str] = {}
+        self._left: set[socket.socket] = set()  # those that have said goodbye
+        self._partial: dict[socket.socket, bytes] = {}
+        self._ending = threading.Lock()
+        if self._index == 0:
+            self._receive(coordinator)
+        else:
+            self._connect()
+        threading.Thread(target=self._read, name="watch", daemon=True).start()
+
+    def fail(self, error: BaseException) -> None:
+        """Tells the others that this process ends, and why."""
+        if not isinstance(error, UserError):
+            # Likely an operation that broke because another process is gone: then the
+            # thread knows its name in a moment, and ends this process.
+            time.sleep(ECHO)
+        self._ending.acquire()  # for good: the end of the others is no news any more
+        what = getattr(error, "what", None) or f"{type(error).__name__}: {error}"
+        self._tell_and_wait(f"{self._me()}: {what[:1000]}")
+
+    def finish(self) -> None:
+        """Waits for all processes to be done; then nobody is missed any more."""
+        self._client.wait_at_barrier(END, FOREVER_MS)
+        self._send({"bye": True})
+
+    def _me(self) -> str:
+        return f"process {self._index} on {socket.gethostname()} (pid {os.getpid()})"
+
+    def _receive(self, coordinator: str) -> None:
+        """Process 0: takes the calls of all others."""
+        both = socket.has_dualstack_ipv6()
+        family = socket.AF_INET6 if both else socket.AF_INET
+        server = socket.create_server(("", 0), family=family, dualstack_ipv6=both)
+        server.settimeout(PATIENCE)
+        token, host = secrets.token_hex(8), coordinator.rsplit(":", 1)[0]
+        meeting = [host.strip("[]"), server.getsockname()[1], token]
+        self._client.key_value_set(MEETING, json.dumps(meeting))
+        with server:
+            while len(self._names) < self._count - 1:
+                self._welcome(server.accept()[0], token)
+
+    def _welcome(self, call: socket.socket, token: str) -> None:
+        call.settimeout(PATIENCE)
+        hello = json.loads(call.makefile().readline() or "{}")
+        if hello.get("token") != token:  # nobody of ours
+            call.close()
+            return
+        call.settimeout(None)
+        self._names[call] = hello["name"]
+
+    def _connect(self) -> None:
+        """The others: call process 0."""
+        found = self._client.blocking_key_value_get(MEETING, 1000 * PATIENCE)
+        host, port, token = json.loads(found)
+        call = socket.create_connection((host, port), timeout=PATIENCE)
+        call.settimeout(None)
+        self._names[call] = f"process 0 at {host}"
+        self._send({"token": token, "name": self._me()})
+
+    def _send(self, message: dict[str, Any]) -> None:
+        for call in self._names:
+            try:
+                call.sendall(json.dumps(message).encode() + b"\n")
+            except OSError:  # it has ended; the reading thread sees that as well
+                continue
+
+    def _read(self) -> None:
+        ready = selectors.DefaultSelector()
+        for call in self._names:
+            ready.register(call, selectors.EVENT_READ)
+        while ready.get_map():
+            for key, _ in ready.select():
+                call = key.fileobj
+                assert isinstance(call, socket.socket)
+                if not self._heard(call):
+                    ready.unregister(call)
+
+    def _heard(self, call: socket.socket) -> bool:
+        """Reads what a process says; False when it has nothing more to say."""
+        try:
+            said = call.recv(65536)
+        except OSError:
+            said = b""
+        *lines, self._partial[call] = (self._partial.get(call, b"") + said).split(b"\n")
+        for line in lines:
+            message = json.loads(line)
+            if "stop" in message:
+                self._end(message["stop"])
+            if "bye" in message:
+                self._left.add(call)
+        if not said and call not in self._left:
+            self._end(f"{self._names[call]} ended without a word, as when killed")
+        return bool(said)
+
+    def _end(self, cause: str) -> None:
+        """Ends this process because of another one, and tells those that follow."""
+        self._ending.acquire()
+        error = UserError(
+            "the run has ended because one of its processes has",
+            got=cause,
+            wanted=f"all {self._count} processes to the end",
+            way_out="start all of them again with the same command: the run goes on "
+            "from its last checkpoint",
+        )
+        # os.write: it has to be out before anything else of this process ends it.
+        os.write(2, f"ddrl_jax: error: {error}\n".encode())
+        self._tell_and_wait(cause)
+        os._exit(EXIT_ERROR)
+
+    def _tell_and_wait(self, cause: str) -> None:
+        """Says why; process 0, whose end ends the others, lets them read it first."""
+        sys.stdout.flush()
+        sys.stderr.flush()
+        self._send({"stop": cause})
+        limit = time.monotonic() + FAREWELL
+        calls = [c for c in self._names if c not in self._left] * (self._index == 0)
+        for call in calls:
+            call.settimeout(max(limit - time.monotonic(), 0.01))
+            try:
+                while call.recv(65536):
+                    pass
+            except OSError:  # it is gone, or slower than we wait
+                continue

@@ -1,0 +1,62 @@
+#!/usr/bin/env bash
+# Several processes of one run on this machine, each with its own CPU devices.
+#
+#   launch/local_processes.sh [--dry-run] PROCESSES DEVICES_EACH -- ARGUMENTS
+#
+# ARGUMENTS are those of `python -m ddrl_jax.main`. SIGTERM and SIGINT are handed on to
+# every process; the exit status is the first one that is not 0. PYTHON names the
+# interpreter, PORT the port of process 0 (a free one).
+set -u
+
+usage() {
+  sed -n '2,8s/^# \{0,1\}//p' "$0" >&2
+  exit 2
+}
+
+dry=
+[ "${1-}" = --dry-run ] && dry=yes && shift
+[ $# -ge 4 ] && [ "$3" = -- ] || usage
+count=$1 devices=$2
+case "$count$devices" in *[!0-9]* | 0*) usage ;; esac
+[ "$devices" -gt 0 ] || usage
+shift 3
+
+python=${PYTHON:-python}
+free_port='import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])'
+port=${PORT:-$("$python" -c "$free_port")} || exit 1
+export JAX_PLATFORMS=cpu JAX_NUM_CPU_DEVICES=$devices
+
+pids=()
+for ((i = 0; i < count; i++)); do
+  command=("$python" -m ddrl_jax.main "$@"
+    "--distributed.coordinator=127.0.0.1:$port"
+    "--distributed.processes=$count" "--distributed.process=$i")
+  if [ "$dry" ]; then
+    printf 'JAX_PLATFORMS=cpu JAX_NUM_CPU_DEVICES=%s' "$devices"
+    printf ' %q' "${command[@]}"
+    echo
+    continue
+  fi
+  "${command[@]}" &
+  pids+=($!)
+done
+[ "$dry" ] && exit 0
+
+# shellcheck disable=SC2317 # called by the traps
+hand_on() {
+  kill -s "$1" "${pids[@]}" 2>/dev/null
+}
+trap 'hand_on TERM' TERM
+trap 'hand_on INT' INT
+
+status=0
+for pid in "${pids[@]}"; do
+  # a trapped signal ends `wait` early, so it is repeated while the process lives
+  while
+    wait "$pid"
+    code=$?
+    kill -0 "$pid" 2>/dev/null
+  do :; done
+  [ "$status" -eq 0 ] && status=$code
+done
+exit "$status"

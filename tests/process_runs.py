@@ -1,0 +1,105 @@
+"""Runs of several real processes on this machine, joined by gloo."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+DEVICES = 4  # of a run, however many processes share them
+EPOCHS = 3
+FLAGS = (
+    f"--config={ROOT}/configs/ddrl_paper.py:smoke",
+    f"--config.train.epochs={EPOCHS}",
+    "--config.train.microbatch=2",
+    "--config.advantages.kind=tracker",
+    "--config.advantages.tracker_min=4",
+    "--config.policy.transform=linear",
+    "--config.log.tensorboard=False",
+)
+MAIN = "from ddrl_jax.main import main; main()"
+CLOCKS = ("time/", "samples_per_second")
+
+
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
+
+
+def environment(devices: int, **more: str) -> dict[str, str]:
+    return os.environ | {"JAX_NUM_CPU_DEVICES": str(devices)} | more
+
+
+def start(
+    workdir: Path,
+    processes: int,
+    *more: str,
+    code: str = MAIN,
+    own: dict[int, tuple[str, ...]] | None = None,
+) -> list[subprocess.Popen]:
+    """Starts a run.
+
+    Args:
+      workdir: its folder.
+      processes: how many; they share DEVICES devices evenly.
+      more: flags.
+      code: what each of them runs.
+      own: further flags of single processes.
+    """
+    port, found = free_port(), []
+    for i in range(processes):
+        place = {
+            "DDRL_COORDINATOR": f"127.0.0.1:{port}",
+            "DDRL_PROCESSES": str(processes),
+            "DDRL_PROCESS": str(i),
+        }
+        flags = (*FLAGS, f"--workdir={workdir}", *more, *(own or {}).get(i, ()))
+        found.append(
+            subprocess.Popen(
+                [sys.executable, "-c", code, *flags],
+                cwd=ROOT,
+                env=environment(DEVICES // processes, **place),
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+        )
+    return found
+
+
+def ends(run: list[subprocess.Popen], timeout: float = 300) -> list[tuple]:
+    """(exit status, stdout, stderr) of each process, when all have ended."""
+    found = []
+    for process in run:
+        try:
+            output, errors = process.communicate(timeout=timeout)
+        except subprocess.TimeoutExpired:
+            for other in run:
+                other.kill()
+            raise
+        lines = [line for line in output.splitlines() if not line.startswith("[Gloo]")]
+        found.append((process.returncode, "\n".join(lines), errors))
+    return found
+
+
+def to_its_end(workdir: Path, processes: int, *more: str) -> list[tuple]:
+    found = ends(start(workdir, processes, *more))
+    assert [status for status, *_ in found] == [0] * processes, found
+    return found
+
+
+def metrics(workdir: Path) -> list[dict[str, Any]]:
+    """metrics.jsonl without what a clock measured."""
+    lines = map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines())
+    return [
+        {k: v for k, v in line.items() if not k.startswith(CLOCKS)} for line in lines
+    ]
+
+
+def epochs_saved(workdir: Path) -> list[int]:
+    names = [path.name for path in (workdir / "checkpoints").glob("*")]
+    return sorted(int(name) for name in names if name.isdigit())
