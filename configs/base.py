@@ -243,4 +243,5 @@ def get_config() -> ConfigDict:
     c.log.tensorboard = True
     c.log.wandb = False
     c.log.progress = True
+    c.log.peak_flops = 0.0  # FLOP/s of a device, for the MFU; 0: as the chip is known
     return ml_collections.ConfigDict(c)

@@ -34,6 +34,7 @@ class Command(NamedTuple):
     workdir: str
     config: ConfigDict | None
     place: dict[str, str | None]  # of this process; see ddrl_jax.distributed
+    profile: tuple[int, int] | None = None  # first and last epoch to trace
 
 
 def help_text() -> str:
@@ -43,6 +44,8 @@ def help_text() -> str:
         f"{USAGE}\n\n{modes}\n\n"
         "  --config=FILE:VARIANT  passes VARIANT to get_config of FILE, as in :smoke\n"
         "  --config.KEY=VALUE     changes a key; configs/base.py lists and explains all"
+        "\n"
+        "  --profile=FIRST:LAST   a profiler trace of these epochs in WORKDIR/profile"
         "\n\n"
         "Several processes that no cluster starts (Slurm, Open MPI, TPU and GKE do):\n"
         "  --distributed.coordinator=HOST:PORT --distributed.processes=N\n"
@@ -64,6 +67,7 @@ def parse(argv: Sequence[str]) -> Command:
     flags.DEFINE_string("config", None, "configuration file", flag_values=values)
     flags.DEFINE_string("workdir", None, "folder of the run", flag_values=values)
     flags.DEFINE_string("mode", "train", "what to do", flag_values=values)
+    flags.DEFINE_string("profile", None, "epochs to trace", flag_values=values)
     for name in PLACE:
         flags.DEFINE_string(name, None, "see --help", flag_values=values)
     # What comes after an override of a key is to be seen too.
@@ -90,7 +94,11 @@ def parse(argv: Sequence[str]) -> Command:
     if not values.config and values.mode in ("report", "compare"):
         return Command(values.mode, values.workdir, None, place)
     config = override(load_config(values.config or ""), rest)
-    return Command(values.mode, values.workdir, config, place)
+    profile = None
+    if values.profile is not None:
+        total = flatten(config).get("train.epochs")
+        profile = _epochs(values.profile, values.mode, total)
+    return Command(values.mode, values.workdir, config, place, profile)
 
 
 def _check_mode(mode: str) -> None:
@@ -103,6 +111,22 @@ def _check_mode(mode: str) -> None:
         )
 
 
+def _epochs(text: str, mode: str, total: object) -> tuple[int, int]:
+    """The range of --profile; epochs count from 1, as in metrics.jsonl."""
+    found = re.fullmatch(r"(\d+):(\d+)", text)
+    epochs = (int(found[1]), int(found[2])) if found else (0, 0)
+    # A wrong train.epochs has its own message, from check_config.
+    last = total if isinstance(total, int) else epochs[1]
+    if mode != "train" or not 1 <= epochs[0] <= epochs[1] <= last:
+        raise UserError(
+            "--profile has no range of epochs to trace",
+            got=f"--profile={text} with --mode={mode}",
+            wanted=f"FIRST:LAST with 1 <= FIRST <= LAST <= {last}, in --mode=train",
+            way_out=f"for example --profile=2:{min(3, max(2, last))}",
+        )
+    return epochs
+
+
 def _check_flags(rest: Sequence[str]) -> None:
     """Refuses flags that are neither ours nor an override of a key."""
     for argument in rest:
@@ -113,8 +137,8 @@ def _check_flags(rest: Sequence[str]) -> None:
         raise UserError(
             f"there is no flag --{name}",
             got=argument,
-            wanted="--config, --config.KEY, --workdir or --mode",
-            way_out=near(name, ("config", "workdir", "mode", *PLACE))
+            wanted="--config, --config.KEY, --workdir, --mode or --profile",
+            way_out=near(name, ("config", "workdir", "mode", "profile", *PLACE))
             + "--help lists them",
         )
 

@@ -278,6 +278,7 @@ RULES: dict[str, Rule] = {
     "log.tensorboard": switch(),
     "log.wandb": switch(),
     "log.progress": switch(),
+    "log.peak_flops": number(0),
 }
 
 

@@ -85,13 +85,14 @@ def _dispatch(command: Command, join: bool) -> None:
     from ddrl_jax.distributed import check_agreement, joined, place
 
     where = place(command.place, os.environ)
+    more = (command.profile,) if command.profile else ()  # only of mode train
     with joined(where) if join else nullcontext():
         check_config(config, _device_count())
         check_agreement(
             {"--mode": mode, "ddrl_jax": __version__} | shared_settings(config)
         )
         _enable_compilation_cache()
-        _MODE_CALLS[mode](config, workdir)
+        _MODE_CALLS[mode](config, workdir, *more)
 
 
 def _device_count() -> int:
@@ -146,10 +147,10 @@ def _disk_problem(error: OSError) -> UserError | None:
     )
 
 
-def _train(config: ConfigDict, workdir: str) -> None:
+def _train(config: ConfigDict, workdir: str, *profile: tuple[int, int]) -> None:
     from ddrl_jax.train import train
 
-    train(config, workdir)
+    train(config, workdir, *profile)
 
 
 def _evaluate(config: ConfigDict, workdir: str) -> None:

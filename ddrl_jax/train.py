@@ -15,7 +15,9 @@ from ddrl_jax.evaluate import Evaluation
 from ddrl_jax.interfaces import Reward
 from ddrl_jax.learner import TrainState
 from ddrl_jax.metrics import Metrics, ProgressBar, Timer
+from ddrl_jax.mfu import Utilization
 from ddrl_jax.preemption import Preemption
+from ddrl_jax.profile import Epochs, Profile
 from ddrl_jax.program import Program, build
 from ddrl_jax.report import write_report
 from ddrl_jax.resume import samples_per_epoch, save, start
@@ -27,7 +29,7 @@ from ddrl_jax.terms import WEIGHTED
 from ddrl_jax.workdir import Workdir, open_workdir
 
 
-def train(config: Any, workdir: str) -> None:
+def train(config: Any, workdir: str, profile: Epochs | None = None) -> None:
     """Trains, or goes on with the run that WORKDIR holds, and writes its report.
 
     SIGTERM saves the last whole epoch and returns; the same command continues there.
@@ -35,6 +37,7 @@ def train(config: Any, workdir: str) -> None:
     Args:
       config: the whole configuration, checked.
       workdir: folder of the run.
+      profile: first and last epoch of a profiler trace, if any.
 
     Raises:
       UserError: whatever the user can fix, before any training where possible.
@@ -48,7 +51,7 @@ def train(config: Any, workdir: str) -> None:
             home.checkpoints, config.checkpoint.every, config.checkpoint.keep
         )
         try:
-            run(program, rewards, home, checkpoints, stop)
+            run(program, rewards, home, checkpoints, stop, profile)
         finally:
             checkpoints.close()
         if is_main() and not stop.agreed:
@@ -61,6 +64,7 @@ def run(
     home: Workdir,
     checkpoints: Checkpoints,
     stop: Preemption,
+    profile: Epochs | None = None,
 ) -> None:
     """The loop itself, from the newest checkpoint to the last epoch."""
     config = program.config
@@ -74,15 +78,18 @@ def run(
     if config.policy.weight and config.policy.term not in WEIGHTED:
         check_ratio(program, state)
     evaluation, timer = Evaluation(program, rewards), Timer()
+    utilization = Utilization(program)
     with (
         make_pool(program, rewards) as pool,
         Metrics(home, config.log, resume_step=epoch) as metrics,
         ProgressBar(config.train.epochs, config.log.progress, epoch) as bar,
+        Profile(home.root / "profile", profile) as trace,
     ):
         if epoch == 0:
             metrics.write(0, evaluation.run(state, metrics, 0))
         timer.epoch()  # what came before belongs to no epoch
         while epoch < config.train.epochs and not stop.agree():
+            trace.begin(epoch + 1)
             # 1. Sample, judge, turn rewards into advantages.
             bar.stage("rollout")
             batch = collect(program, state, epoch, pool, tracker, timer, stop)
@@ -97,6 +104,7 @@ def run(
             # 3. Log.
             values |= batch.metrics | timer.epoch()
             values |= speeds(config, values, epoch)
+            values |= utilization(batch.chunks, values)
             # 4. Evaluate.
             every = config.evaluate.every
             last = epoch == config.train.epochs

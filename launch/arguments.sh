@@ -27,7 +27,7 @@ parse() {
     name=${name%%=*}
     case $argument in
       --help | -h) usage && exit 0 ;;
-      --config=* | --config.* | --noconfig.* | --workdir=* | --mode=* | --profile=*)
+      --config=* | --config.* | --noconfig.* | --workdir=* | --mode=* | --profile=* | --distributed.*=*)
         PROGRAM+=("$argument")
         ;;
       --*=*)

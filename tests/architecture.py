@@ -22,7 +22,7 @@ VAGUE = {"utils", "util", "helpers", "helper", "common", "misc"}
 EVERYBODY = ("errors", "interfaces")
 PLUMBING = ("optim", "sharding", "metrics", "workdir", "preemption", "pictures")
 PLUMBING += ("checkpoint", "fingerprint", "orbax_log", "report", "skipped")
-MEASURES = ("flops", "chips")
+MEASURES = ("flops", "chips", "profile")
 CHECKS = ("config_rules", "check_config", "check_objective", "command_line")
 PARTS = ("diffusion", "objectives", "models", "rewards", "data", "rollout", "learner")
 PARTS += ("terms",)
@@ -34,6 +34,7 @@ RUN = (
     "collect",
     "self_test",
     "resume",
+    "mfu",
 )  # one run put together
 MODES = ("evaluate", "sample", "export", "plan")
 BELOW_TRAIN = (*PARTS, *PLUMBING, "distributed", *MEASURES, *CHECKS, *RUN)
@@ -65,7 +66,7 @@ IMPORT_TABLE: dict[str, tuple[str, ...]] = {
         name: ("diffusion", "models", "rewards", "data", "terms", *CHECKS)
         for name in CHECKS
     },
-    **{name: (*PARTS, *PLUMBING, "distributed", *RUN) for name in RUN},
+    **{name: (*PARTS, *PLUMBING, "distributed", *MEASURES, *RUN) for name in RUN},
     **{name: (*BELOW_TRAIN, *MODES) for name in MODES},
     "train": (*BELOW_TRAIN, *MODES),
     "compare": ("compare", *BELOW_TRAIN, *MODES, "train", "main"),

@@ -40,7 +40,7 @@ STAGES = (
     "writing",
     "metrics",
 )
-CLOCKS = ("time/", "samples_per_second")
+CLOCKS = ("time/", "perf/", "samples_per_second")
 # The program with one function that kills it: STAGE, the number of the call, and the
 # seconds until then where the function has left work behind.
 DRIVER = """

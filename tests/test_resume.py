@@ -31,7 +31,7 @@ ROWS = {
     "ddrl_paper": (),
     "ddpo_is": ("--config.advantages.tracker_min=4", "--config.data_term.weight=0.01"),
 }
-CLOCKS = ("time/", "samples_per_second")
+CLOCKS = ("time/", "perf/", "samples_per_second")
 LOSSES = ("data/loss", "data/heldout_loss", "policy/loss")
 
 pytestmark = pytest.mark.slow
