@@ -6,9 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ddrl_jax.data.prompts import draw_prompts
 from ddrl_jax.distributed import summed, whole_scores
-from ddrl_jax.draws import draw_chunks, draw_trained_steps
+from ddrl_jax.draws import draw_chunks, draw_trained_steps, prompts_of
 from ddrl_jax.errors import UserError
 from ddrl_jax.interfaces import Prompts, Rollout, Scores
 from ddrl_jax.learner import Minibatch, TrainState
@@ -47,13 +46,7 @@ def collect(
       The chunks with trajectories and advantages, or None where a stop was asked for.
     """
     config = program.config
-    prompts = draw_prompts(
-        program.prompts,
-        config.seed,
-        epoch,
-        config.prompts.per_epoch,
-        config.prompts.group_size,
-    )
+    prompts = prompts_of(program, epoch)
     chunks = draw_chunks(program, prompts, epoch, 0)
     if not config.policy.weight:
         return Collected(prompts, chunks, tracker, {})

@@ -4,12 +4,24 @@ from typing import Any
 
 import numpy as np
 
-from ddrl_jax.data.prompts import choose_records, records_by_prompt
+from ddrl_jax.data.prompts import choose_records, draw_prompts, records_by_prompt
 from ddrl_jax.interfaces import Kernel, Prompts
 from ddrl_jax.learner import Minibatch
 from ddrl_jax.program import Program
-from ddrl_jax.sharding import place_fetched
+from ddrl_jax.sharding import held_rows, place_fetched
 from ddrl_jax.terms import WEIGHTED
+
+
+def prompts_of(program: Program, epoch: int) -> Prompts:
+    """The prompts of an epoch, counted from 0."""
+    config = program.config
+    return draw_prompts(
+        program.prompts,
+        config.seed,
+        epoch,
+        config.prompts.per_epoch,
+        config.prompts.group_size,
+    )
 
 
 def draw_chunks(
@@ -28,14 +40,13 @@ def draw_chunks(
       inner: pass over the epoch's samples; each draws other data and data noise.
       samples: which of the epoch's, by number; None is all of them.
     """
-    if samples is None:
-        samples = np.arange(len(prompts.index), dtype=np.int32)
+    rows_of = _rows_of(program, prompts, samples)
     draw = epoch * program.config.train.inner_epochs + inner
     records, captions = draw_records(program, prompts.index, draw)
     source = program.objective.source  # None without a data term: nothing is read
     fetch = source.fetch if source else None
     chunks = []
-    for rows in samples.reshape(-1, program.chunk):
+    for rows in rows_of:
         data = records[rows]
         if fetch is not None:
             data = place_fetched(program.mesh, data, fetch)
@@ -44,7 +55,36 @@ def draw_chunks(
                 epoch, inner, rows, prompts.index[rows], data, captions[rows]
             )
         )
+    if source is not None and source.announce is not None:
+        source.announce(_next_batches(program, prompts, epoch, inner, samples))
     return chunks
+
+
+def _rows_of(
+    program: Program, prompts: Prompts, samples: np.ndarray | None
+) -> np.ndarray:
+    """Numbers [chunks b] of the samples of each chunk."""
+    if samples is None:
+        samples = np.arange(len(prompts.index), dtype=np.int32)
+    return samples.reshape(-1, program.chunk)
+
+
+def _next_batches(
+    program: Program, prompts: Prompts, epoch: int, inner: int, samples
+) -> list[np.ndarray]:
+    """The records that this process fetches after those of a draw."""
+    train = program.config.train
+    if samples is None and program.config.policy.term == "sparse_rwr":
+        return []  # the same draw again, of samples that are not chosen yet
+    if inner + 1 == train.inner_epochs:
+        epoch, inner, samples = epoch + 1, -1, None
+        if epoch == train.epochs:
+            return []
+        prompts = prompts_of(program, epoch)
+    draw = epoch * train.inner_epochs + inner + 1
+    records, _ = draw_records(program, prompts.index, draw)
+    held = held_rows(program.mesh, program.chunk)
+    return [records[rows][held] for rows in _rows_of(program, prompts, samples)]
 
 
 def draw_records(

@@ -5,7 +5,7 @@ of the sampler, `h w c` pixels, `l d` text tokens and their width, `*x` latent a
 Time runs from noise to data: `t` is the current and `s` the next noise level.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
@@ -123,12 +123,15 @@ class DataSource(NamedTuple):
         that is too large for the device; None: it is there already.
       cond: what `fetch` gave -> the records' own captions as the network is told;
         None: they are encoded once into a table.
+      announce: takes the record numbers of the batches that `fetch` will be asked for
+        next, so that they are read meanwhile; None: nothing can be read ahead.
     """
 
     captions: tuple[str, ...]
     latents: Callable[[Any, Key[Array, " b"]], Float[Array, "b *x"]]
     fetch: Callable[[Int[np.ndarray, " b"]], Any] | None = None
     cond: Callable[[Any], Cond] | None = None
+    announce: Callable[[Iterable[np.ndarray]], None] | None = None
 
 
 class Pipeline(NamedTuple):

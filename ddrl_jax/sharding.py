@@ -185,6 +185,13 @@ def place_batch(mesh: Mesh, tree: Any, axis: int = 0) -> Any:
     return put(tree, NamedSharding(mesh, P(*(None,) * axis, BATCH)))
 
 
+def held_rows(mesh: Mesh, count: int) -> np.ndarray:
+    """Returns which rows of a batch the devices of this process hold."""
+    sharding = NamedSharding(mesh, P(("data", "fsdp")))
+    held = sharding.addressable_devices_indices_map((count,)).values()
+    return np.unique(np.concatenate([np.arange(count)[i] for i in held]))
+
+
 def place_fetched(mesh: Mesh, numbers: np.ndarray, fetch: Any) -> Any:
     """The records of a batch on the mesh; each process fetches the rows it holds.
 
@@ -196,8 +203,7 @@ def place_fetched(mesh: Mesh, numbers: np.ndarray, fetch: Any) -> Any:
     sharding = NamedSharding(mesh, P(("data", "fsdp")))
     if sharding.is_fully_addressable:
         return place_batch(mesh, fetch(numbers))
-    held = sharding.addressable_devices_indices_map(numbers.shape).values()
-    rows = np.unique(np.concatenate([np.arange(len(numbers))[i] for i in held]))
+    rows = held_rows(mesh, len(numbers))
 
     def place(x):
         x, shape = np.asarray(x), (len(numbers), *x.shape[1:])

@@ -13,6 +13,7 @@ from ddrl_jax.data.latent_writer import write_latents
 from ddrl_jax.data.latents import LatentSource, latent_source
 from ddrl_jax.data.picture_folder import read_folder
 from ddrl_jax.data.picture_tfds import read_tfds
+from ddrl_jax.data.read_ahead import ReadAhead
 from ddrl_jax.data.samples import sample_source
 from ddrl_jax.interfaces import Cond, DataSource, Pipeline
 from ddrl_jax.models.folder import fingerprint
@@ -106,4 +107,5 @@ def _streamed(cache: LatentSource) -> DataSource:
     def cond(fetched: Any) -> Cond:
         return fetched["cond"]
 
-    return DataSource(captions, latents, fetch, cond)
+    ahead = ReadAhead(fetch)
+    return DataSource(captions, latents, ahead, cond, ahead.announce)

@@ -13,9 +13,7 @@ record, so damaged bytes are an error and never a training picture.
 """
 
 import json
-from collections import deque
-from collections.abc import Iterable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +22,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Key
 
-from ddrl_jax.data.record_table import Rows, Table, damaged, read_json
+from ddrl_jax.data.record_table import Table, damaged, read_json
 from ddrl_jax.errors import UserError
 from ddrl_jax.interfaces import Cond
-
-_READERS = 2  # threads that read announced batches
-_AHEAD = 4  # batches read before they are asked for, at most
 
 
 def latent_source(
@@ -59,7 +54,7 @@ def latent_source(
 
 
 class LatentSource:
-    """A cache opened for reading; call it from one thread.
+    """A cache opened for reading, by any number of threads.
 
     Attributes:
       captions: the caption of each record.
@@ -79,9 +74,6 @@ class LatentSource:
         self._latents, self._texts = Table(folder, "latents"), Table(folder, "texts")
         if (self._latents.rows, self._texts.rows) != (len(index), len(texts)):
             raise damaged(folder, "tables of another length than the captions")
-        self._pool = ThreadPoolExecutor(_READERS, thread_name_prefix="latents")
-        self._queue: deque[np.ndarray] = deque()
-        self._ahead: dict[bytes, Future] = {}
 
     @property
     def latent_shape(self) -> tuple[int, ...]:
@@ -102,22 +94,7 @@ class LatentSource:
         Raises:
           UserError: damaged files.
         """
-        future = self._ahead.pop(_batch_name(records), None)
-        found = self._read(records) if future is None else future.result()
-        self._top_up()
-        return found
-
-    def announce(self, batches: Iterable[Int[np.ndarray, " b"]]) -> None:
-        """Says which batches will be fetched next, so that threads read them ahead.
-
-        A few are held at a time, whatever is announced. Announcing again forgets what
-        was announced before; a batch that was not announced is simply read.
-        """
-        for future in self._ahead.values():
-            future.cancel()
-        self._ahead = {}
-        self._queue = deque(batches)
-        self._top_up()
+        return {k: _wide(v) for k, v in self._latents.read(records).items()}
 
     def encode(self, captions: Sequence[str]) -> Cond:
         """The text encoder's answer for captions of this cache; [b ...] leaves.
@@ -143,20 +120,6 @@ class LatentSource:
     ) -> Float[Array, "b h w c"]:
         """`draw_latents`, as a data source offers it."""
         return draw_latents(fetched, keys)
-
-    def close(self) -> None:
-        """Ends the threads."""
-        self._pool.shutdown(cancel_futures=True)
-
-    def _read(self, records: np.ndarray) -> Rows:
-        return {k: _wide(v) for k, v in self._latents.read(records).items()}
-
-    def _top_up(self) -> None:
-        while self._queue and len(self._ahead) < _AHEAD:
-            records = self._queue.popleft()
-            name = _batch_name(records)
-            if name not in self._ahead:
-                self._ahead[name] = self._pool.submit(self._read, records)
 
 
 def draw_latents(
@@ -203,7 +166,3 @@ def check_card(folder: Path, wanted: Mapping[str, Any]) -> None:
 
 def _wide(leaf: np.ndarray) -> np.ndarray:
     return leaf.astype(np.float32) if leaf.dtype.kind == "f" else leaf
-
-
-def _batch_name(records: np.ndarray) -> bytes:
-    return np.asarray(records, np.int64).tobytes()

@@ -25,7 +25,12 @@ WHOLE_BYTES = 500_000_000  # of a file whose every byte enters the fingerprint
 SAMPLES, SAMPLE_BYTES = 256, 1 << 16  # of a larger one; the first holds the header
 
 
-def resolve(path_or_repo_id: str, revision: str = "main", variant: str = "") -> Path:
+def resolve(
+    path_or_repo_id: str,
+    revision: str = "main",
+    variant: str = "",
+    weights: bool = True,
+) -> Path:
     """The folder of a model: a local one as it is, a hub repository downloaded.
 
     Of a repository come the JSON and text files and the safetensors of one variant.
@@ -34,6 +39,7 @@ def resolve(path_or_repo_id: str, revision: str = "main", variant: str = "") -> 
       path_or_repo_id: a folder, or "owner/name" on the hub. A folder wins.
       revision: branch, tag or commit of the repository.
       variant: "" or for example "fp16".
+      weights: False where only the JSON and text files are wanted.
 
     Raises:
       UserError: no such folder or repository, no network or no access.
@@ -57,14 +63,14 @@ def resolve(path_or_repo_id: str, revision: str = "main", variant: str = "") -> 
             way_out="correct the path, or first try the program with the :smoke "
             "variant of the config, which needs no weights",
         )
-    return _download(path_or_repo_id, revision, variant)
-
-
-def _download(repo_id: str, revision: str, variant: str) -> Path:
     end = f".{variant}" if variant else ""
-    patterns = ["*.json", "*.txt", f"*model{end}.safetensors"]
-    patterns += [f"*model{end}-?????-of-?????.safetensors"]
-    patterns += [f"*model-?????-of-?????{end}.safetensors"] if variant else []
+    kinds = [f"*model{end}.safetensors", f"*model{end}-?????-of-?????.safetensors"]
+    kinds += [f"*model-?????-of-?????{end}.safetensors"] if variant else []
+    patterns = ["*.json", "*.txt", *(kinds if weights else ())]
+    return _download(path_or_repo_id, revision, patterns)
+
+
+def _download(repo_id: str, revision: str, patterns: list[str]) -> Path:
     try:
         from huggingface_hub import snapshot_download
     except ImportError as e:

@@ -64,7 +64,7 @@ def read_clip_files(path_or_repo_id: str, revision: str = "main") -> ClipFiles:
     Raises:
       UserError: not there, not a CLIP, or a setting that can not be honoured.
     """
-    folder = resolve(path_or_repo_id, revision)
+    folder = resolve(path_or_repo_id, revision, weights=False)
     found = read_json(folder / "config.json")
     return ClipFiles(folder, found, ClipConfig.from_json(found), read_processor(folder))
 
@@ -132,7 +132,7 @@ def load_clip(
     folder = resolve(path_or_repo_id)
     found = read_json(folder / "config.json")
     config = ClipConfig.from_json(found)
-    sources = resolve(processing) if processing else folder
+    sources = resolve(processing, weights=False) if processing else folder
     params = to_jax("clip", read_tensors(folder), found)
     tokenize = clip_tokenize(sources, config.text) if text else None
     return make_judge(config, params, read_processor(sources), tokenize, pictures)

@@ -1,7 +1,6 @@
 """The cache of latents as it is read: any order, ahead of time, and never damaged."""
 
 import shutil
-import time
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +12,7 @@ from fake_encoders import WEIGHTS, FakeImages, FakeTexts
 from ddrl_jax.data.latent_writer import write_latents
 from ddrl_jax.data.latents import draw_latents, latent_source
 from ddrl_jax.data.picture_folder import read_folder
+from ddrl_jax.data.read_ahead import ReadAhead
 from ddrl_jax.errors import UserError
 
 COUNT = 11
@@ -30,9 +30,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture
 def source(folder):
-    source = latent_source(folder)
-    yield source
-    source.close()
+    return latent_source(folder)
 
 
 def assert_equal(found, expected):
@@ -47,40 +45,6 @@ def test_any_order_and_repeats_give_the_same_records(source):
     for records in (RNG.permutation(COUNT), np.array([10]), np.array([3, 9, 3, 0, 3])):
         found = source.fetch(records.astype(np.int32))
         assert_equal(found, {k: v[records] for k, v in all_of_it.items()})
-
-
-def test_announced_batches_are_those_that_are_read(source, folder):
-    batches = [RNG.integers(0, COUNT, 5, np.int32) for _ in range(20)]
-    batches.append(batches[3])
-    plain = latent_source(folder)
-    source.announce(batches)
-    for batch in batches:
-        assert_equal(source.fetch(batch), plain.fetch(batch))
-    source.announce(batches)  # and in an order other than announced
-    for batch in batches[::-1]:
-        assert_equal(source.fetch(batch), plain.fetch(batch))
-    plain.close()
-
-
-def test_few_batches_are_held_whatever_is_announced(source):
-    read, real = [], source._latents.read
-
-    def counted(records):
-        read.append(records)
-        return real(records)
-
-    source._latents.read = counted
-    batches = [np.array([i % COUNT, i // COUNT]) for i in range(60)]
-    source.announce(batches)
-    until = time.monotonic() + 10
-    while len(read) < 4 and time.monotonic() < until:
-        time.sleep(0.01)
-    time.sleep(0.1)
-    assert len(read) == 4  # the first ones, before anybody asks
-    source.fetch(batches[0])
-    while len(read) < 5 and time.monotonic() < until:
-        time.sleep(0.01)
-    assert len(read) == 5, "what was announced is not read a second time"
 
 
 def test_a_latent_is_mean_plus_std_times_the_noise_of_its_key(source):
@@ -126,7 +90,7 @@ def test_a_caption_that_is_not_cached_is_an_error(source):
 
 
 def test_another_fingerprint_is_refused_with_both_values(folder):
-    latent_source(folder, {**WEIGHTS, "resolution": 16, "dtype": "float16"}).close()
+    latent_source(folder, {**WEIGHTS, "resolution": 16, "dtype": "float16"})
     with pytest.raises(UserError, match="written with another vae, resolution") as e:
         latent_source(folder, {**WEIGHTS, "vae": "other", "resolution": 512})
     assert "'vae-hash'" in str(e.value.got) and "resolution 16" in str(e.value.got)
@@ -173,10 +137,11 @@ def test_a_changed_byte_is_an_error_and_never_a_latent(copy, source):
     assert_equal(damaged.fetch(good), source.fetch(good))
     with pytest.raises(UserError, match="is damaged"):
         damaged.fetch(np.array([5]))
-    damaged.announce([np.array([5])])  # also where a thread found it
+    ahead = ReadAhead(damaged.fetch)
+    ahead.announce([np.array([5])])  # also where a thread found it
     with pytest.raises(UserError, match="is damaged"):
-        damaged.fetch(np.array([5]))
-    damaged.close()
+        ahead(np.array([5]))
+    ahead.close()
 
 
 def test_captions_of_another_cache_are_noticed(copy):

@@ -214,6 +214,23 @@ def test_only_one_variant_of_the_weights_is_downloaded(monkeypatch, variant, oth
     assert chosen == set(wanted)
 
 
+def test_where_no_weights_are_wanted_none_are_downloaded(monkeypatch):
+    hub = pytest.importorskip("huggingface_hub")
+    asked = {}
+    monkeypatch.setattr(
+        hub, "snapshot_download", lambda repo, **rest: asked.update(rest) or "/found"
+    )
+    resolve("owner/name", weights=False)
+    small = ["config.json", "tokenizer.json", "merges.txt", "preprocessor_config.json"]
+    files = [*small, "model.safetensors", "model-00001-of-00002.safetensors"]
+    chosen = hub.utils.filter_repo_objects(
+        files,
+        allow_patterns=asked["allow_patterns"],
+        ignore_patterns=asked["ignore_patterns"],
+    )
+    assert list(chosen) == small
+
+
 def test_files_are_written_whole_and_never_over_others(tmp_path):
     path = tmp_path / "new" / "x.safetensors"
     write_tensors(path, {"a": A.T}, {"note": "hello"})

@@ -9,6 +9,8 @@ from edited_config import configured
 
 from ddrl_jax import evaluate, train
 from ddrl_jax.errors import UserError
+from ddrl_jax.rewards.clip_folder import CLIP_H
+from ddrl_jax.rewards.registry import TINY as TINY_FOLDER
 from ddrl_jax.rewards.registry import make_rewards
 
 TINY = {"rewards.clip": "assets", "rewards.aesthetic_head": "assets"}
@@ -85,6 +87,28 @@ def test_what_a_reward_lacks_is_told_before_the_model_is_read(
     edits, told = MISSING[case]
     with pytest.raises(UserError, match=told):
         mode(configured(edits), str(tmp_path))
+
+
+@pytest.mark.parametrize("reward", ["pickscore", "hpsv2"])
+def test_of_the_repository_of_a_tokenizer_no_weights_are_downloaded(
+    reward, monkeypatch, tmp_path
+):
+    """What comes is TINY; the weights of the score itself lie in a folder."""
+    import huggingface_hub
+
+    asked = []
+
+    def download(repo, **rest):
+        asked.append((repo, rest["allow_patterns"]))
+        return str(TINY_FOLDER)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    weights = {"pickscore": str(TINY_FOLDER), "hpsv2": str(tmp_path / "no.pt")}
+    try:
+        make_rewards(section(**weights), names=[reward])
+    except UserError as error:  # of the file that is not there
+        assert reward == "hpsv2" and "no.pt" in str(error)
+    assert asked == [(CLIP_H, ["*.json", "*.txt"])]
 
 
 def test_training_and_evaluation_ask_the_same_judges(monkeypatch, tmp_path):
