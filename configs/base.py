@@ -36,7 +36,9 @@ def get_config() -> ConfigDict:
     c.model.attention = "auto"  # by backend, dtype, lengths and mesh one of "xla",
     # "chunked" (memory of 1,024 queries at a time), "cudnn" (NVIDIA), "splash" (TPU),
     # and where mesh.context > 1 "ulysses" (if it divides the heads) or "ring"
-    c.model.remat = "none"  # "none" | "full": recompute block activations
+    c.model.remat = "none"  # what a block keeps for its gradient: "none" (recompute
+    # nothing) | "full" (all) | "dots" (keep products with weights) | "named" (keep the
+    # outputs of its layers) | "offload" (keep them in the memory of the host)
 
     c.model.video = ConfigDict()  # video_dit
     c.model.video.frames = 21  # of latents
@@ -50,6 +52,10 @@ def get_config() -> ConfigDict:
     c.lora = ConfigDict()
     c.lora.rank = 0  # 0: all weights are trained
     c.lora.alpha = 0.0  # 0: alpha = rank (scale 1)
+    c.lora.base_dtype = (
+        "compute"  # of the frozen weights: "compute" (model.dtype; those used in
+    )
+    # float32 stay float32, so every number stays what it was) | "float32"
 
     c.data = ConfigDict()
     c.data.source = "emoji"  # "emoji" (shipped), "samples" (data.path written by
@@ -187,6 +193,9 @@ def get_config() -> ConfigDict:
 
     c.optimizer = ConfigDict()
     c.optimizer.lr = 1e-4
+    c.optimizer.master = "float32"  # dtype of what is trained: "float32" | "bfloat16"
+    c.optimizer.state_dtype = "float32"  # of both moments: "float32" | "bfloat16";
+    # bfloat16 is rounded up or down at random, so that small steps count on average
     c.optimizer.warmup = 0  # optimizer steps
     c.optimizer.schedule = "constant"  # "constant" | "cosine" (to 0 at the last step)
     c.optimizer.b1 = 0.9

@@ -15,6 +15,7 @@ from ddrl_jax.data.prompts import prompt_list
 from ddrl_jax.diffusion.kernels import KERNELS
 from ddrl_jax.diffusion.solvers import METHODS
 from ddrl_jax.models.attention import IMPLEMENTATIONS
+from ddrl_jax.models.remat import check_offload
 from ddrl_jax.rewards.registry import REWARDS
 
 
@@ -80,6 +81,8 @@ def _check_network(config: Any) -> None:
         wanted="a rank >= 1 with an alpha, or alpha 0",
         way_out="set lora.rank, or lora.alpha to 0",
     )
+    if model.remat == "offload":
+        check_offload()
     if model.name == "emoji":
         _check_emoji(model, lora)
     elif model.name == "video_dit":

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from ddrl_jax.errors import UserError
+from ddrl_jax.models.remat import POLICIES
 
 Bound = float | int | None
 
@@ -134,7 +135,7 @@ RULES: dict[str, Rule] = {
     "model.image_size": integer(0),
     "model.dtype": choice("float32", "bfloat16"),
     "model.attention": text(empty=False),
-    "model.remat": choice("none", "full"),
+    "model.remat": choice(*POLICIES),
     "model.video.frames": integer(1),
     "model.video.height": integer(1),
     "model.video.width": integer(1),
@@ -144,6 +145,7 @@ RULES: dict[str, Rule] = {
     "model.video.text_width": integer(1),
     "lora.rank": integer(0),
     "lora.alpha": number(0),
+    "lora.base_dtype": choice("compute", "float32"),
     "data.source": choice("emoji", "samples", "none", "folder", "tfds"),
     "data.path": text(),
     "data.split": text(empty=False),
@@ -239,6 +241,8 @@ RULES: dict[str, Rule] = {
     "train.inner_epochs": integer(1),
     "train.nan_limit": integer(1),
     "optimizer.lr": number(above=0),
+    "optimizer.master": choice("float32", "bfloat16"),
+    "optimizer.state_dtype": choice("float32", "bfloat16"),
     "optimizer.warmup": integer(0),
     "optimizer.schedule": choice("constant", "cosine"),
     "optimizer.b1": number(0, below=1),

@@ -3,6 +3,9 @@
 from pathlib import Path
 from typing import Any
 
+import jax
+import jax.numpy as jnp
+
 from ddrl_jax.checkpoint import Checkpoints
 from ddrl_jax.distributed import is_main
 from ddrl_jax.errors import UserError
@@ -32,7 +35,9 @@ def export_mode(config: Any, workdir: str) -> None:
       UserError: the run has no checkpoint, or its place is taken.
     """
     home = open_workdir(workdir, config, exclusive=False)
-    program = build(config)
+    whole = config.copy_and_resolve_references()
+    whole.lora.base_dtype = "float32"  # the base itself, not what bfloat16 left of it
+    program = build(whole)
     checkpoints = Checkpoints(home.checkpoints, 0, 1, read_only=True)
     epoch, state, _ = start(program, checkpoints)
     if not epoch:
@@ -42,7 +47,8 @@ def export_mode(config: Any, workdir: str) -> None:
             wanted="a workdir of --mode=train",
             way_out="train first, or correct --workdir",
         )
-    weights = to_host(_weights(program, state.average))
+    trained = jax.tree.map(lambda a: a.astype(jnp.float32), state.average)
+    weights = to_host(_weights(program, trained))
     if not is_main():
         return
     target = Path(home.root) / "export" / f"{epoch:06d}"

@@ -151,6 +151,8 @@ class Pipeline(NamedTuple):
       fingerprint: names the weights of the starting checkpoint.
       encode_images: uint8 [b h w c] -> (mean, logvar) [b *x] of their latents; None
         where a latent is the picture itself.
+      precise: pattern of the names of params ("a/b/kernel") that denoise uses in
+        float32 whatever its dtype; all others it converts before it uses them.
     """
 
     encode: Callable[[Sequence[str]], Cond]
@@ -164,6 +166,7 @@ class Pipeline(NamedTuple):
     load: Callable[[], Params | None]
     fingerprint: str
     encode_images: Callable[[Any], tuple[Array, Array]] | None = None
+    precise: str = ".*"
 
 
 class Rollout(NamedTuple):

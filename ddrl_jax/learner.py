@@ -27,6 +27,7 @@ from ddrl_jax.objectives.data import (
     sparse_rwr_weights,
 )
 from ddrl_jax.objectives.policy import reward_transform
+from ddrl_jax.optim import add_updates
 from ddrl_jax.terms import (
     WEIGHTED,
     Minibatch,
@@ -66,7 +67,8 @@ def make_update(objective: Objective, tx: optax.GradientTransformation, ema: flo
     """
 
     def update(state: TrainState, frozen: Params, reference: Params, chunks):
-        grads = jax.tree.map(jnp.zeros_like, state.params)
+        zeros = lambda p: jnp.zeros_like(p, jnp.float32)  # noqa: E731
+        grads = jax.tree.map(zeros, state.params)
         metrics: Metrics = {}
         if objective.policy.weight and objective.policy.term in WEIGHTED:
             loss = lambda p, i: fit_loss(objective, p, frozen, i)  # noqa: E731
@@ -97,7 +99,8 @@ def accumulate(loss, params: Params, items: Any, grads: Params):
 
     def body(total, item):
         (_, metrics), grad = jax.value_and_grad(loss, has_aux=True)(params, item)
-        return jax.tree.map(lambda a, g: a + g / count, total, grad), metrics
+        add = lambda a, g: a + g.astype(a.dtype) / count  # noqa: E731
+        return jax.tree.map(add, total, grad), metrics
 
     grads, metrics = jax.lax.scan(body, grads, items)
     reduce = {k: jnp.max if "_max_" in k else jnp.mean for k in metrics}
@@ -125,7 +128,7 @@ def apply_gradients(
 
     def apply(state: TrainState, grads: Params) -> TrainState:
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
+        params = add_updates(state.params, updates, state.step)
         average = lambda a, p: decay * a + (1 - decay) * p  # noqa: E731
         ema = jax.tree.map(average, state.ema, params) if decay else None
         zero = jnp.zeros_like(state.bad_updates)
@@ -151,7 +154,9 @@ def init_state(
       tx: the optimizer.
       decay: of the average of the weights; 0: there is none.
     """
-    ema = jax.tree.map(jnp.copy, params) if decay else None
+    # Of narrow weights the average is float32: its steps are far below their spacing.
+    wide = lambda p: jnp.array(p, jnp.float32)  # noqa: E731
+    ema = jax.tree.map(wide, params) if decay else None
     zero = jnp.zeros((), jnp.int32)
     return TrainState(zero, params, tx.init(params), ema, jnp.zeros((), jnp.int32))
 

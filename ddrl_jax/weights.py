@@ -4,11 +4,14 @@ Shapes and shardings need no memory. What allocates is called, never built in ad
 a run that goes on from a checkpoint does not make starting weights first.
 """
 
+import re
 import sys
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
@@ -31,6 +34,7 @@ class Weights(NamedTuple):
     config: Any
     pipeline: Pipeline
     mesh: Mesh
+    init: Callable[[jax.Array], dict[str, Params]]  # the pipeline's, in our dtypes
     shapes: dict[str, Params]  # "params", and "lora" where there is one
     shardings: dict[str, Params]
     abstract: TrainState  # shapes with shardings
@@ -61,11 +65,16 @@ class Weights(NamedTuple):
         loaded = self.pipeline.load()
         if loaded is None:
             return self._initial("params")
-        return jax.tree.map(put, loaded, self.shardings["params"])
+        narrow = jax.tree.map(
+            lambda a, like: a.astype(like.dtype, copy=False),
+            loaded,
+            self.shapes["params"],
+        )
+        return jax.tree.map(put, narrow, self.shardings["params"])
 
     def _initial(self, part: str) -> Params:
         key = jax.random.fold_in(jax.random.key(self.config.seed), 7)
-        init = lambda k: self.pipeline.init(k)[part]  # noqa: E731
+        init = lambda k: self.init(k)[part]  # noqa: E731
         return jax.jit(init, out_shardings=self.shardings[part])(key)
 
     def sampling(self, frozen: Params) -> Callable[[Params], tuple[Params, Params]]:
@@ -105,7 +114,8 @@ def describe_weights(
       tx: the optimizer.
       mesh: of the run.
     """
-    shapes = jax.eval_shape(pipeline.init, jax.random.key(0))
+    init = partial(_init, config, pipeline)
+    shapes = jax.eval_shape(init, jax.random.key(0))
     rules = table(config.sharding)
     shardings = params_shardings(pipeline.axes, shapes, mesh, rules)
     _tell_undivided(undivided(pipeline.axes, shapes, mesh, rules))
@@ -120,7 +130,7 @@ def describe_weights(
         lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), state, states
     )
     start = jax.jit(fresh, out_shardings=states, donate_argnums=0)
-    return Weights(config, pipeline, mesh, shapes, shardings, abstract, start)
+    return Weights(config, pipeline, mesh, init, shapes, shardings, abstract, start)
 
 
 def _tell_undivided(found: list[str]) -> None:
@@ -133,6 +143,27 @@ def _tell_undivided(found: list[str]) -> None:
         file=sys.stderr,
         flush=True,
     )
+
+
+def _init(config: Any, pipeline: Pipeline, key: jax.Array) -> dict[str, Params]:
+    """The trees of a pipeline, each leaf in the dtype in which the run keeps it."""
+    trees, lora = pipeline.init(key), config.lora
+    if not lora.rank:
+        return trees | {"params": _as_dtype(trees["params"], config.optimizer.master)}
+    if lora.base_dtype == "compute":
+        base = _as_dtype(trees["params"], config.model.dtype, pipeline.precise)
+        trees = trees | {"params": base}
+    return trees | {"lora": _as_dtype(trees["lora"], config.optimizer.master)}
+
+
+def _as_dtype(tree: Params, dtype: str, but: str = "") -> Params:
+    """The tree in a dtype, but for the leaves whose names match a pattern."""
+
+    def cast(path: Any, leaf: jax.Array) -> jax.Array:
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        return leaf if re.fullmatch(but, name) else leaf.astype(jnp.dtype(dtype))
+
+    return jax.tree_util.tree_map_with_path(cast, tree)
 
 
 def _state_shardings(

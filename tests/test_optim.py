@@ -1,12 +1,19 @@
 """The optax chain against the formulas of Adam, decay, clip and schedules."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 from edited_config import configured
 
-from ddrl_jax.optim import learning_rate, make_optimizer
+from ddrl_jax.optim import (
+    StoredState,
+    add_updates,
+    learning_rate,
+    make_optimizer,
+    round_at_random,
+)
 
 P, G = np.asarray([1.0, -2.0, 0.5]), np.asarray([3.0, -4.0, 12.0])  # |G| = 13
 
@@ -87,3 +94,94 @@ def test_cosine_after_warm_up():
 
 def test_warm_up_as_long_as_the_run_is_no_division_by_0():
     assert np.isfinite(rates(total=4, schedule="cosine", warmup=4)).all()
+
+
+# ---- narrow weights and moments
+
+
+def halfway(share: float) -> float:
+    """`share` of the way from 1 to its upper neighbour in bfloat16, 1 + 2^-7."""
+    return 1.0 + share * 2.0**-7
+
+
+@pytest.mark.parametrize("share", [0.0, 0.125, 0.5, 0.9])
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_rounding_at_random_has_the_right_mean(share, sign):
+    wide = jnp.full(40_000, sign * halfway(share), jnp.float32)
+    found = round_at_random([wide], [wide.astype(jnp.bfloat16)], jax.random.key(5))[0]
+    assert found.dtype == jnp.bfloat16
+    values = np.asarray(found, np.float64) * sign
+    assert set(np.unique(values)) <= {1.0, halfway(1.0)}
+    up = np.mean(values > 1.0)
+    assert abs(up - share) < 4 * np.sqrt(0.25 / values.size)  # four standard errors
+
+
+def test_rounding_at_random_keeps_what_is_exact_or_no_number():
+    exact = jnp.asarray([0.0, -0.0, 1.5, -3e38, jnp.inf, -jnp.inf], jnp.float32)
+    like = [exact.astype(jnp.bfloat16)]
+    for seed in range(8):
+        found = round_at_random([exact], like, jax.random.key(seed))[0]
+        np.testing.assert_array_equal(found[jnp.arange(3)], exact[:3])
+        np.testing.assert_array_equal(found[4:], exact[4:])
+        nan = round_at_random([exact * jnp.nan], like, jax.random.key(seed))[0]
+        assert np.isnan(np.asarray(nan, np.float32)).all()
+
+
+def test_float32_is_added_as_it_is():
+    p, u = {"a": jnp.asarray(P, jnp.float32)}, {"a": jnp.asarray(G, jnp.float32)}
+    found = add_updates(p, u, jnp.int32(3))["a"]
+    np.testing.assert_array_equal(found, np.float32(P) + np.float32(G))
+
+
+def test_small_steps_on_narrow_weights_add_up():
+    # 200 steps of 2^-13 are 0.0244; to the nearest, each would be lost beside 1.
+    p = jnp.ones(2000, jnp.bfloat16)
+    step = jax.jit(add_updates)
+    for i in range(200):
+        p = step(p, jnp.full(p.shape, 2.0**-13), jnp.int32(i))
+    assert (p[:2] + jnp.bfloat16(2.0**-13) == p[:2]).all()
+    mean = float(np.mean(np.asarray(p, np.float64)))
+    assert mean == pytest.approx(1 + 200 * 2.0**-13, abs=1e-3)
+
+
+def narrow_states(dtype: str, gradients: list):
+    """The second moments after each gradient, [steps, 4000]."""
+    optimizer = section(lr=1e-3, state_dtype=dtype, grad_clip=0.0)
+    tx, params = make_optimizer(optimizer, 10), jnp.zeros(4000)
+    state, out = tx.init(params), []
+    update = jax.jit(tx.update)
+    for g in gradients:
+        _, state = update(jnp.full(4000, g), state, params)
+        (nu,) = optax.tree.get_all_with_path(state, "nu")
+        out.append(np.asarray(nu[1], np.float64))
+        assert nu[1].dtype == jnp.dtype(dtype)
+    return np.asarray(out)
+
+
+def test_a_narrow_second_moment_falls_as_it_should():
+    # After one large gradient it decays by 0.999 a step: to the nearest it never would.
+    gradients = [1.0] + [0.0] * 300
+    exact = narrow_states("float32", gradients)
+    narrow = narrow_states("bfloat16", gradients)
+    np.testing.assert_allclose(exact[-1], 1e-3 * 0.999**300, rtol=1e-3)
+    np.testing.assert_allclose(narrow.mean(1)[-1], exact[-1, 0], rtol=5e-3)
+
+
+def test_the_default_has_no_wrapper_and_narrow_weights_have_wide_moments():
+    plain = make_optimizer(section(), 10).init(jnp.zeros(2))
+    assert not isinstance(plain, StoredState)
+    state = make_optimizer(section(master="bfloat16"), 10).init(
+        jnp.zeros(2, jnp.bfloat16)
+    )
+    dtypes = {a.dtype for a in jax.tree.leaves(state) if a.ndim}
+    assert dtypes == {jnp.dtype("float32")}
+
+
+def test_adamw_in_narrow_moments_follows_adamw():
+    numbers = {"lr": 0.02, "b1": 0.8, "b2": 0.95, "eps": 0.1}
+    gradients = [G, -0.5 * G, np.asarray([0.0, 1.0, 0.0])]
+    optimizer = section(
+        **numbers, weight_decay=0.1, grad_clip=0.0, state_dtype="bfloat16"
+    )
+    expected = adamw(gradients, **numbers, decay=0.1)
+    np.testing.assert_allclose(steps(optimizer, gradients), expected, atol=2e-3)

@@ -15,6 +15,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from ddrl_jax.models.attention import attention
 from ddrl_jax.models.layers import Dense, rms_norm, time_features, weight
+from ddrl_jax.models.remat import mark, remat
 from ddrl_jax.sharding import constrain
 
 
@@ -50,6 +51,7 @@ def overlap_add(
     return x[:, half : half + h, half : half + w]
 
 
+PRECISE = "words"  # parameters used in float32 whatever the dtype
 _CORNERS = ((0, 0), (0, 1), (1, 0), (1, 1))
 
 
@@ -81,11 +83,11 @@ class Block(nn.Module):
             modulation[:, None, :], 6, -1
         )
         h = rms_norm(x) * (1 + scale1) + shift1
-        x = place(x + gate1 * self._mix(h, mask, lora), self.mesh)
+        x = place(x + gate1 * mark(self._mix(h, mask, lora), "attention"), self.mesh)
         h = rms_norm(x) * (1 + scale2) + shift2
         h = Dense(4 * d, ("embed", "mlp"), name="up", **lora)(h)
         h = Dense(d, ("mlp", "embed"), name="down", **lora)(jax.nn.relu(h) ** 2)
-        return place(x + gate2 * h, self.mesh), None
+        return place(x + gate2 * mark(h, "mlp"), self.mesh), None
 
     def _mix(self, h: Array, mask: Array | None, lora: dict) -> Array:
         b, length, d = h.shape
@@ -109,7 +111,7 @@ class DiT(nn.Module):
       vocabulary: number of token ids; id 0 is padding, all 0 is the empty prompt.
       length: tokens of a prompt.
       dtype: of the matrix products.
-      remat: "none", or "full" to recompute the blocks in the backward pass.
+      remat: what the blocks keep for the backward pass, a policy of models.remat.
       rank: LoRA rank, 0 for none.
       alpha: LoRA alpha.
       impl: attention implementation.
@@ -186,9 +188,8 @@ class DiT(nn.Module):
         return place(x, self.mesh), mask
 
     def _blocks(self, x: Array, c: Array, mask: Array | None) -> Array:
-        block = nn.remat(Block, prevent_cse=False) if self.remat == "full" else Block
         stack = nn.scan(
-            block,
+            remat(Block, self.remat, scanned=True),
             variable_axes={"params": 0, "lora": 0},
             split_rngs={"params": True, "lora": True},
             in_axes=cast(Any, (nn.broadcast,) * 2),  # Flax's annotation forgets it

@@ -20,7 +20,7 @@ from jaxtyping import Array, Float, Int, UInt8
 
 from ddrl_jax.errors import UserError
 from ddrl_jax.interfaces import Cond, Params, Pipeline
-from ddrl_jax.models.dit import DiT
+from ddrl_jax.models.dit import PRECISE, DiT
 
 ASSETS = Path(__file__).parent.parent / "assets"
 BASE = ASSETS / "emoji_base.npz"
@@ -177,6 +177,7 @@ def emoji_pipeline(config, mesh: Mesh | None = None) -> Pipeline:
         prediction="velocity",
         load=load,
         fingerprint=fingerprint,
+        precise=PRECISE,
     )
 
 

@@ -10,6 +10,7 @@ from jaxtyping import Array, Float
 
 from ddrl_jax.models.convolution import convolve
 from ddrl_jax.models.layers import Dense, weight
+from ddrl_jax.models.remat import mark
 
 
 class Conv(nn.Module):
@@ -99,6 +100,7 @@ class ResnetBlock2D(nn.Module):
         norm = (self.groups, self.epsilon, self.dtype)
         h = jax.nn.silu(GroupNorm(*norm, name="norm1")(x))
         h = Conv(self.features, axes=up, dtype=self.dtype, name="conv1")(h)
+        h = mark(h, "convolution")
         if temb is not None:
             time = Dense(self.features, up, self.dtype, name="time_emb_proj")
             h = h + time(jax.nn.silu(temb))[:, None, None, :]

@@ -20,7 +20,7 @@ from ddrl_jax.models.latent_codec import make_decode, make_encode_images
 from ddrl_jax.models.networks import network_shapes
 from ddrl_jax.models.prompt_encoder import make_encode
 from ddrl_jax.models.sd_folder import Source, read_source
-from ddrl_jax.models.unet import UNet2DConditionModel
+from ddrl_jax.models.unet import PRECISE, UNet2DConditionModel
 
 # A random model of 70 thousand weights that diffusers wrote, for ":smoke".
 TINY = Path(__file__).parent.parent / "assets" / "tiny_sd"
@@ -85,7 +85,7 @@ def assemble(
       source: the folder.
       image_size: sides of the pictures in pixels; 0 is what the UNet was trained on.
       dtype: of the UNet's products.
-      remat: "none" or "full".
+      remat: a policy of models.remat.
       rank: of the LoRA, 0 for none.
       alpha: of the LoRA, 0 for its rank.
       impl: attention implementation.
@@ -120,6 +120,7 @@ def assemble(
             [source.folder / name for name in COMPONENTS.values()], source.variant
         ),
         encode_images=make_encode_images(source.vae, vae, vae_dtype, vae_at_once),
+        precise=PRECISE,
     )
 
 

@@ -31,6 +31,8 @@ KINDS: tuple[tuple[str, str], ...] = (
 )
 STACKED: tuple[str, ...] = ()
 IGNORED: tuple[str, ...] = ()
+# Parameters used in float32 whatever the dtype: norms, time and the last layer.
+PRECISE = r"(.*/)?(norm\d?|conv_norm_out|time_embedding|conv_out)/.*"
 PERIOD = 10000.0  # the slowest time feature has this period over 2 pi
 
 
@@ -40,8 +42,8 @@ class UNet2DConditionModel(nn.Module):
     Attributes:
       config: of the checkpoint.
       dtype: of the products; parameters, norms and the softmax are float32.
-      remat: "none", or "full" to recompute resnets and transformers in the backward
-        pass.
+      remat: what resnets and transformers keep for the backward pass, a policy of
+        models.remat.
       rank: LoRA rank in the attention, 0 for none.
       alpha: LoRA alpha, 0 for the rank.
       impl: attention implementation.

@@ -13,6 +13,7 @@ from jaxtyping import Array, Float
 
 from ddrl_jax.models.attention import attention
 from ddrl_jax.models.layers import Dense, weight
+from ddrl_jax.models.remat import mark, remat
 from ddrl_jax.models.resnet import (
     Conv,
     Downsample2D,
@@ -34,7 +35,7 @@ class Style(NamedTuple):
       linear_projection: linear layers around a transformer, not 1x1 convolutions.
       transformer_layers: of each transformer.
       dtype: of the products.
-      remat: "full" recomputes resnets and transformers in the backward pass.
+      remat: what resnets and transformers keep for the backward pass.
       rank: of LoRA in the attention, 0 for none.
       alpha: of LoRA.
       impl: of the attention.
@@ -151,11 +152,13 @@ class BasicTransformerBlock(nn.Module):
         dtype = self.style.dtype
         h = LayerNorm(dtype, name="norm1")(x)
         context = emb if self.only_cross else h
-        x = x + Attention(self.heads, self.style, name="attn1")(h, context)
+        mixed = Attention(self.heads, self.style, name="attn1")(h, context)
+        x = x + mark(mixed, "attention")
         h = LayerNorm(dtype, name="norm2")(x)
-        x = x + Attention(self.heads, self.style, name="attn2")(h, emb)
+        mixed = Attention(self.heads, self.style, name="attn2")(h, emb)
+        x = x + mark(mixed, "attention")
         h = LayerNorm(dtype, name="norm3")(x)
-        return x + FeedForward(dtype, name="ff")(h)
+        return x + mark(FeedForward(dtype, name="ff")(h), "mlp")
 
 
 class Transformer2DModel(nn.Module):
@@ -204,8 +207,7 @@ class Layers(nn.Module):
     def resnet(self, index: int, x: Array, temb: Array) -> Array:
         """Applies resnets.index; to be called in a compact method."""
         s = self.style
-        block = nn.remat(ResnetBlock2D) if s.remat == "full" else ResnetBlock2D
-        layer = block(
+        layer = remat(ResnetBlock2D, s.remat)(
             self.features, s.groups, s.epsilon, s.dtype, name=f"resnets_{index}"
         )
         return layer(x, temb)
@@ -214,8 +216,7 @@ class Layers(nn.Module):
         """Applies attentions.index, if the block has transformers."""
         if not self.heads:
             return x
-        full = self.style.remat == "full"
-        block = nn.remat(Transformer2DModel) if full else Transformer2DModel
+        block = remat(Transformer2DModel, self.style.remat)
         name = f"attentions_{index}"
         return block(self.heads, self.style, self.only_cross, name=name)(x, emb)
 

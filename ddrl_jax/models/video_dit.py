@@ -14,10 +14,12 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from ddrl_jax.models.layers import Dense, rms_norm, time_features, weight
+from ddrl_jax.models.remat import mark, remat
 from ddrl_jax.models.video_layout import Layout
 
 TIME_FEATURES = 256
 ROTARY_BASE = 10000.0
+PRECISE = "blocks/modulation"  # parameters used in float32 whatever the dtype
 
 
 def to_patches(z: Float[Array, "b f h w c"], patch: int) -> Float[Array, "b l k"]:
@@ -102,13 +104,14 @@ class VideoBlock(nn.Module):
         rows = (modulation + table).astype(self.dtype)
         shift1, scale1, gate1, shift2, scale2, gate2 = jnp.split(rows, 6, axis=1)
         h = rms_norm(x) * (1 + scale1) + shift1
-        x = place(x + gate1 * self._among_tokens(h, angles))
-        x = place(x + self._to_prompt(rms_norm(x), words))
+        mixed = mark(self._among_tokens(h, angles), "attention")
+        x = place(x + gate1 * mixed)
+        x = place(x + mark(self._to_prompt(rms_norm(x), words), "attention"))
         h = rms_norm(x) * (1 + scale2) + shift2
         h = self._dense(self.mlp, ("embed", "mlp"), "up")(h)
         h = self.layout.hidden(jax.nn.gelu(h))
         h = self._dense(x.shape[-1], ("mlp", "embed"), "down")(h)
-        return place(x + gate2 * h), None
+        return place(x + gate2 * mark(h, "mlp")), None
 
     def _dense(self, features: int, axes: tuple[str, str], name: str) -> Dense:
         return Dense(
@@ -145,7 +148,7 @@ class VideoDiT(nn.Module):
       patch: latents a token is wide and high.
       layout: where activations live, and which attention mixes them.
       dtype: of the matrix products.
-      remat: "none", or "full" to recompute the blocks in the backward pass.
+      remat: what the blocks keep for the backward pass, a policy of models.remat.
       rank: LoRA rank, 0 for none.
       alpha: LoRA alpha.
     """
@@ -198,15 +201,11 @@ class VideoDiT(nn.Module):
         return vector, self.layout.samples(six.reshape(-1, 6, self.width))
 
     def _blocks(self, x: Array, words: Array, modulation: Array, angles: Array):
-        block: Any = VideoBlock
-        if self.remat == "full":
-            block = nn.remat(block, prevent_cse=False)
-        broadcast = cast(Any, nn.broadcast)  # Flax's annotation forgets it
         stack = nn.scan(
-            block,
+            remat(VideoBlock, self.remat, scanned=True),
             variable_axes={"params": 0, "lora": 0},
             split_rngs={"params": True, "lora": True},
-            in_axes=(broadcast,) * 3,
+            in_axes=cast(Any, (nn.broadcast,) * 3),  # Flax's annotation forgets it
             length=self.depth,
             metadata_params={nn.PARTITION_NAME: "layers"},
         )

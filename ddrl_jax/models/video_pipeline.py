@@ -20,7 +20,7 @@ from jaxtyping import Array, Float, UInt8
 
 from ddrl_jax.errors import UserError
 from ddrl_jax.interfaces import Cond, Params, Pipeline
-from ddrl_jax.models.video_dit import VideoDiT
+from ddrl_jax.models.video_dit import PRECISE, VideoDiT
 from ddrl_jax.models.video_layout import Layout
 
 
@@ -61,6 +61,7 @@ def video_dit_pipeline(config: Any, mesh: Mesh | None = None) -> Pipeline:
         prediction="velocity",
         load=lambda: _load(model.init),
         fingerprint="random",
+        precise=PRECISE,
     )
 
 
