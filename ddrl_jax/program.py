@@ -7,7 +7,8 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 from jax.tree_util import Partial
 
 from ddrl_jax.data.prompts import prompt_list, records_by_prompt, require_records
@@ -36,6 +37,7 @@ from ddrl_jax.models.video_pipeline import video_dit_pipeline
 from ddrl_jax.optim import make_optimizer
 from ddrl_jax.rollout import guided, make_score, rollout, step_times
 from ddrl_jax.sharding import (
+    BATCH,
     batch_shares,
     make_mesh,
     place_batch,
@@ -107,7 +109,9 @@ def build(config) -> Program:
     needs_data = config.data_term.weight > 0
     paired = needs_data and config.data_term.captions == "prompt"
     records = records_by_prompt(prompts, captions) if paired else ()
-    objective = make_objective(config, pipeline, kernel, source if needs_data else None)
+    objective = make_objective(
+        config, pipeline, kernel, source if needs_data else None, mesh
+    )
     tx = make_optimizer(config.optimizer, total_updates(config))
     # Before the weights: a prompt that can not be read is an error without a wait.
     cond_table = put(pipeline.encode(prompts), replicated(mesh))
@@ -178,18 +182,29 @@ def total_updates(config) -> int:
     return config.train.epochs * per_epoch
 
 
-def make_apply(config, pipeline: Pipeline) -> Callable:
-    """(trainable, frozen, z, time, cond) -> prediction, for LoRA and full tuning."""
+def make_apply(config, pipeline: Pipeline, mesh: Mesh) -> Callable:
+    """(trainable, frozen, z, time, cond) -> prediction, for LoRA and full tuning.
+
+    Over several devices its inputs and output are pinned to the batch's layout: what
+    the partitioner then does inside does not depend on whether it serves the rollout,
+    the replay or the gradient, so they round alike.
+    """
     if config.lora.rank:
-        return lambda t, frozen, *inputs: pipeline.denoise(frozen, t, *inputs)
-    return lambda t, frozen, *inputs: pipeline.denoise(t, None, *inputs)
+        apply = lambda t, frozen, *inputs: pipeline.denoise(frozen, t, *inputs)  # noqa: E731
+    else:
+        apply = lambda t, frozen, *inputs: pipeline.denoise(t, None, *inputs)  # noqa: E731
+    if mesh.size == 1:
+        return apply
+    by_batch = NamedSharding(mesh, P(BATCH))
+    pin = partial(jax.lax.with_sharding_constraint, shardings=by_batch)
+    return lambda t, frozen, *inputs: pin(apply(t, frozen, *pin(inputs)))
 
 
-def make_objective(config, pipeline, kernel, source) -> Objective:
+def make_objective(config, pipeline, kernel, source, mesh) -> Objective:
     """The static description of the loss, from config.policy and config.data_term."""
     scale = config.sampler.guidance_scale
     return Objective(
-        apply=make_apply(config, pipeline),
+        apply=make_apply(config, pipeline, mesh),
         guide=lambda policy: guided(policy, pipeline.uncond, scale),
         kernel=kernel,
         score=make_score(config.policy.log_prob, config.policy.reduction),

@@ -19,7 +19,7 @@ from tiny_runs import (
 
 from ddrl_jax.data.prompts import draw_prompts
 from ddrl_jax.errors import UserError
-from ddrl_jax.self_test import check_ratio
+from ddrl_jax.self_test import check_ratio, ratio_deviations
 from ddrl_jax.sharding import (
     RULES,
     hybrid_grid,
@@ -174,6 +174,27 @@ def test_a_mesh_changes_no_number(name, alone):
     assert max(np.abs(a).max() for a in jax.tree.leaves(moved)) > 1e-6
     compare(to_host(after.params), to_host(alone[4].params), 1e-5)
     compare(metrics, alone[5], 1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "mesh",
+    [
+        {"data": 2, "fsdp": 2, "tensor": 2},
+        {"fsdp": 4, "tensor": 2},
+        {"fsdp": 2, "tensor": 2, "context": 2},
+        {"data": 2, "context": 4},
+    ],
+    ids=str,
+)
+def test_on_policy_the_ratio_is_1_on_any_mesh(mesh):
+    edits = {"mesh.data": 1} | {f"mesh.{axis}": size for axis, size in mesh.items()}
+    program = tiny_program(EDITS | {"data_term.weight": 0.0} | edits)
+    found = ratio_deviations(program, perturbed_state(program))
+    assert {name: values.max() for name, values in found.items()} == {
+        "replay": 0.0,
+        "update": 0.0,
+    }
 
 
 def compare(found, expected, tolerance):
