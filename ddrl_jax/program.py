@@ -109,9 +109,8 @@ def build(config) -> Program:
     needs_data = config.data_term.weight > 0
     paired = needs_data and config.data_term.captions == "prompt"
     records = records_by_prompt(prompts, captions) if paired else ()
-    objective = make_objective(
-        config, pipeline, kernel, source if needs_data else None, mesh
-    )
+    trained_on = source if needs_data else None
+    objective = make_objective(config, pipeline, kernel, trained_on, mesh)
     tx = make_optimizer(config.optimizer, total_updates(config))
     # Before the weights: a prompt that can not be read is an error without a wait.
     cond_table = put(pipeline.encode(prompts), replicated(mesh))
@@ -136,9 +135,7 @@ def build(config) -> Program:
         reference=weights.reference(frozen),
         new_state=weights.new_state,
         abstract_state=lambda: weights.abstract,
-        prepare=_make_prepare(
-            config, mesh, cond_table, own, source if needs_data else None
-        ),
+        prepare=_make_prepare(config, mesh, cond_table, own, trained_on),
         decode=decode,
         rollout=_make_rollout(config, mesh, objective, decode),
         sampling=weights.sampling(frozen),
