@@ -211,6 +211,6 @@ def _summary(history: list[dict]) -> dict[str, float]:
     count of skipped updates in a row that of the last."""
     names = history[0].keys() - {"bad_leaf"}
     values = {k: float(np.mean([m[k] for m in history])) for k in names}
-    values["bad_updates"] = int(history[-1]["bad_updates"])
+    values["bad_updates"] = float(history[-1]["bad_updates"])
     key = "policy/ratio_max_deviation"
     return values | ({key: float(history[0][key])} if key in values else {})
