@@ -2,7 +2,7 @@
 
     pip install xprof && xprof --logdir=WORKDIR/profile
 
-shows it; every epoch is one step in it.
+shows it; every epoch is one step in it. Process 0 of several traces its own devices.
 """
 
 from contextlib import ExitStack
@@ -26,7 +26,9 @@ class Profile:
     """
 
     def __init__(self, folder: Path, epochs: Epochs | None):
-        self.folder, self._epochs = folder, epochs
+        # Of several processes on one machine each would write over the other's file.
+        self.folder = folder
+        self._epochs = epochs if jax.process_index() == 0 else None
         self._step = ExitStack()
         self._tracing = False
 

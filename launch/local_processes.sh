@@ -42,7 +42,7 @@ for ((i = 0; i < count; i++)); do
 done
 [ "$dry" ] && exit 0
 
-# shellcheck disable=SC2317 # called by the traps
+# shellcheck disable=SC2317,SC2329 # called by the traps
 hand_on() {
   kill -s "$1" "${pids[@]}" 2>/dev/null
 }

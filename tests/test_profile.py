@@ -52,6 +52,12 @@ def test_only_the_epochs_of_the_range_are_traced(calls, epochs, ran, traced):
     assert len(calls) == 2 * bool(traced)
 
 
+def test_of_several_processes_only_the_first_traces(calls, monkeypatch):
+    monkeypatch.setattr(jax, "process_index", lambda: 1)
+    assert _traced(calls, (1, 2), range(1, 4)) == []
+    assert calls == []
+
+
 def test_an_error_within_the_range_closes_the_trace(calls):
     with pytest.raises(ZeroDivisionError), Profile(Path("folder"), (1, 2)) as profile:
         profile.begin(1)
