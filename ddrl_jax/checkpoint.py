@@ -14,9 +14,11 @@ import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import orbax.checkpoint as ocp
 
 from ddrl_jax import fingerprint, orbax_log
+from ddrl_jax.distributed import every, is_main
 from ddrl_jax.errors import UserError
 from ddrl_jax.fingerprint import abstract as abstract
 from ddrl_jax.interfaces import Params
@@ -99,9 +101,10 @@ class Checkpoints:
             )
         # The host views stay referenced until the save is complete: on a CPU they are
         # the buffers themselves, and XLA copies instead of donating what is referenced.
-        self._held = list(fingerprint.host_leaves(state))
-        self._bytes = sum(view.nbytes for _, view in self._held if view is not None)
-        record = fingerprint.record(epoch, state, cursor, self._held)
+        views = list(fingerprint.host_leaves(state))
+        self._held = [view for _, view in views] + [*fingerprint.parts(state)]
+        self._bytes = sum(getattr(view, "nbytes", 0) for view in self._held)
+        record = fingerprint.record(epoch, state, cursor, views)
         args = ocp.args.Composite(
             state=ocp.args.StandardSave(state), cursor=ocp.args.JsonSave(record)
         )
@@ -150,12 +153,11 @@ class Checkpoints:
             return None
         self.skipped = []
         for epoch in reversed(epochs):
-            try:
-                restored = self._read(epoch, abstract_state)
-            except _Damaged as reason:
+            restored = self._read_everywhere(epoch, abstract_state)
+            if isinstance(restored, _Damaged):
                 if which == "latest":
-                    raise self._damaged(epoch, reason, epochs) from None
-                self.skipped.append((epoch, str(reason)))
+                    raise self._damaged(epoch, restored, epochs)
+                self.skipped.append((epoch, str(restored)))
                 continue
             self._report_skipped(epoch)
             self._known.add(epoch)
@@ -222,6 +224,17 @@ class Checkpoints:
             raise _Damaged(f"the bytes of {bad} are not those that were saved")
         return Restored(epoch, state, record["cursor"])
 
+    def _read_everywhere(self, epoch: int, abstract_state: Params):
+        """What was read, or why one of the processes could not read it."""
+        try:
+            found = self._read(epoch, abstract_state)
+        except _Damaged as reason:
+            found = reason
+        bad = every(np.array(isinstance(found, _Damaged)))
+        if bad.any() and not isinstance(found, _Damaged):
+            found = _Damaged(f"process {int(bad.argmax())} can not read its part")
+        return found
+
     def _read_state(self, epoch: int, abstract_state: Params) -> Params:
         args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract_state))
         quiet = orbax_log.hook_without_late_reads()
@@ -250,24 +263,24 @@ class Checkpoints:
         ) from error
 
     def _damaged(self, epoch: int, reason: object, epochs: list[int]) -> UserError:
-        older = [e for e in epochs if e < epoch]
-        names = ", ".join(map(str, older)) if older else "none"
+        older = ", ".join(str(e) for e in epochs if e < epoch) or "none"
         return UserError(
             f"the checkpoint {self.root / str(epoch)} is damaged or of another program",
             got=reason,
             wanted="a checkpoint that reads back as it was saved",
             way_out="--config.checkpoint.resume=last_good goes on from the newest "
-            f"whole one (older here: {names}); or start in another --workdir",
+            f"whole one (older here: {older}); or start in another --workdir",
         )
 
     def _report_skipped(self, used: int) -> None:
-        for epoch, why in self.skipped:
+        for epoch, why in self.skipped if is_main() else ():
             path, moved = self.root / str(epoch), ""
             if not self.read_only:
                 moved = f"; moved to {_move_aside(path)}"
             _tell(f"skipped the damaged checkpoint {path}: {why}{moved}")
         if self.skipped:
             _tell(f"resuming from {self.root / str(used)}")
+            every(np.zeros(1))  # nobody goes on before they are moved
             self._close_manager()  # its list of epochs is out of date
 
     def _refuse_foreign_root(self) -> None:

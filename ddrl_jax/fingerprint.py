@@ -44,10 +44,19 @@ def host_leaves(state: Params) -> Iterator[NamedView]:
     only a part of its bytes.
     """
     for path, leaf in jax.tree_util.tree_leaves_with_path(state):
-        if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
-            yield _name(path), None
-            continue
-        yield _name(path), np.asarray(_plain(leaf))
+        yield _name(path), None if _is_spread(leaf) else np.asarray(_plain(leaf))
+
+
+def parts(state: Params) -> Iterator[np.ndarray]:
+    """Yields the host views of this process's parts of arrays spread over several."""
+    for leaf in filter(_is_spread, jax.tree.leaves(state)):
+        yield from (np.asarray(s.data) for s in _plain(leaf).addressable_shards)
+
+
+def _is_spread(leaf: Any) -> bool:
+    if not isinstance(leaf, jax.Array):
+        return False
+    return not (leaf.is_fully_addressable or leaf.is_fully_replicated)
 
 
 def record(

@@ -150,7 +150,7 @@ def check_epoch(
 
 def update_epoch(
     program: Program, state: TrainState, batch: Collected, epoch: int
-) -> tuple[TrainState, dict[str, float]]:
+) -> tuple[TrainState, dict[str, float | int]]:
     """All optimizer steps of an epoch; one transfer of their metrics at its end.
 
     The microbatches keep the samples of their rollout chunk, so that the ratio is
@@ -206,10 +206,10 @@ def _redraw(program: Program, batch: Collected, epoch: int, inner: int) -> list:
     return [chunks[i] for i in random.permutation(len(chunks))]
 
 
-def _summary(history: list[dict]) -> dict[str, float]:
+def _summary(history: list[dict]) -> dict[str, float | int]:
     """Means over the epoch's updates; the ratio deviation is that of the first, the
     count of skipped updates in a row that of the last."""
-    names = history[0].keys() - {"bad_leaf"}
+    names = [name for name in history[0] if name != "bad_leaf"]
     values = {k: float(np.mean([m[k] for m in history])) for k in names}
     values["bad_updates"] = float(history[-1]["bad_updates"])
     key = "policy/ratio_max_deviation"

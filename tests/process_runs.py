@@ -18,6 +18,7 @@ FLAGS = (
     "--config.advantages.kind=tracker",
     "--config.advantages.tracker_min=4",
     "--config.policy.transform=linear",
+    "--config.rewards.heldout=()",
     "--config.log.tensorboard=False",
 )
 MAIN = "from ddrl_jax.main import main; main()"
@@ -30,8 +31,23 @@ def free_port() -> int:
         return found.getsockname()[1]
 
 
-def environment(devices: int, **more: str) -> dict[str, str]:
-    return os.environ | {"JAX_NUM_CPU_DEVICES": str(devices)} | more
+def process(
+    workdir: Path,
+    processes: int,
+    flags: tuple[str, ...],
+    place: dict[str, str],
+    code: str = MAIN,
+) -> subprocess.Popen:
+    """Starts one of several processes that share the devices evenly."""
+    more = place | {"JAX_NUM_CPU_DEVICES": str(DEVICES // processes)}
+    return subprocess.Popen(
+        [sys.executable, "-c", code, *FLAGS, f"--workdir={workdir}", *flags],
+        cwd=ROOT,
+        env=os.environ | more,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
 
 
 def start(
@@ -50,25 +66,20 @@ def start(
       code: what each of them runs.
       own: further flags of single processes.
     """
-    port, found = free_port(), []
-    for i in range(processes):
-        place = {
-            "DDRL_COORDINATOR": f"127.0.0.1:{port}",
-            "DDRL_PROCESSES": str(processes),
-            "DDRL_PROCESS": str(i),
-        }
-        flags = (*FLAGS, f"--workdir={workdir}", *more, *(own or {}).get(i, ()))
-        found.append(
-            subprocess.Popen(
-                [sys.executable, "-c", code, *flags],
-                cwd=ROOT,
-                env=environment(DEVICES // processes, **place),
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                text=True,
-            )
+    shared = {
+        "DDRL_COORDINATOR": f"127.0.0.1:{free_port()}",
+        "DDRL_PROCESSES": str(processes),
+    }
+    return [
+        process(
+            workdir,
+            processes,
+            (*more, *(own or {}).get(i, ())),
+            shared | {"DDRL_PROCESS": str(i)},
+            code,
         )
-    return found
+        for i in range(processes)
+    ]
 
 
 def ends(run: list[subprocess.Popen], timeout: float = 300) -> list[tuple]:

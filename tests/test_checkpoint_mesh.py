@@ -1,0 +1,132 @@
+"""A checkpoint of one mesh comes back on any other, to the bit."""
+
+import os
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from process_runs import ROOT, free_port
+from saved_states import bits
+from tiny_runs import perturbed_state, tiny_program
+
+from ddrl_jax.checkpoint import Checkpoints, abstract
+from ddrl_jax.objectives.advantages import PerPromptTracker
+from ddrl_jax.program import Program
+from ddrl_jax.sharding import AXES, place_batch, put, replicated, to_host
+
+SAVED_ON = (4, 2, 1, 1)
+EPOCH = 7
+
+
+def program_on(sizes: tuple[int, ...]) -> Program:
+    mesh = {f"mesh.{axis}": n for axis, n in zip(AXES, sizes, strict=True)}
+    edits = {"train.microbatch": 1, "train.minibatches": 1, "optimizer.ema_decay": 0.9}
+    return tiny_program(mesh | edits)
+
+
+def whole_state(program: Program) -> dict:
+    """Every leaf with numbers of its own, the optimizer's included, and PRNG keys."""
+    state, random = perturbed_state(program), np.random.default_rng(5)
+
+    def drawn(a):
+        if jnp.issubdtype(a.dtype, jnp.integer):
+            return put(np.asarray(random.integers(9, 99), a.dtype), a.sharding)
+        return put(random.normal(size=a.shape).astype(a.dtype), a.sharding)
+
+    tracker = PerPromptTracker.init(4, 3)
+    keys = jax.random.split(jax.random.key(3), 8)
+    return {
+        "train": jax.tree.map(drawn, state),
+        "tracker": jax.tree.map(drawn, put(tracker, replicated(program.mesh))),
+        "keys": place_batch(program.mesh, keys),
+    }
+
+
+def restored(program: Program, root: Path) -> dict:
+    like = abstract(whole_state(program)) | {"train": program.abstract_state()}
+    checkpoints = Checkpoints(root, 1, 9)
+    found = checkpoints.restore(like)
+    checkpoints.close()
+    assert found is not None and (found.epoch, found.cursor) == (
+        EPOCH,
+        {"epoch": EPOCH},
+    )
+    for leaf, wanted in zip(
+        jax.tree.leaves(found.state), jax.tree.leaves(like), strict=True
+    ):
+        assert leaf.sharding.is_equivalent_to(wanted.sharding, leaf.ndim)
+    return found.state
+
+
+def save(root: Path, state: dict) -> None:
+    checkpoints = Checkpoints(root, 1, 9)
+    checkpoints.save(EPOCH, state, {"epoch": EPOCH})
+    checkpoints.close()
+
+
+def saved_bits(state: dict) -> list[tuple[str, str, bytes]]:
+    state = state | {"keys": jax.random.key_data(state["keys"])}
+    return bits(to_host(state))
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """(root, bits) of a checkpoint of the mesh SAVED_ON."""
+    root = tmp_path_factory.mktemp("saved") / "checkpoints"
+    state = whole_state(program_on(SAVED_ON))
+    shards = {leaf.sharding.spec for leaf in jax.tree.leaves(state["train"].params)}
+    assert any("fsdp" in spec for spec in shards)
+    save(root, state)
+    return root, saved_bits(state)
+
+
+@pytest.mark.parametrize("sizes", [(8, 1, 1, 1), (1, 1, 1, 1), (1, 2, 2, 1)])
+def test_on_another_mesh(sizes, saved):
+    root, wanted = saved
+    assert saved_bits(restored(program_on(sizes), root)) == wanted
+    assert len(wanted) > 50 and len({part[2] for part in wanted}) > len(wanted) // 2
+
+
+BESIDE = """
+import pickle, sys
+from pathlib import Path
+import jax
+rank, port, root, new = int(sys.argv[1]), *sys.argv[2:]
+jax.config.update("jax_enable_preemption_service", False)
+jax.distributed.initialize("127.0.0.1:" + port, 2, rank)
+import test_checkpoint_mesh as test
+program = test.program_on((2, 2, 2, 1))
+state = test.restored(program, Path(root))
+found = test.saved_bits(state)
+spread = [a for a in jax.tree.leaves(state) if not a.is_fully_replicated]
+assert spread and not any(a.is_fully_addressable for a in spread)
+test.save(Path(new), state)
+Path(f"{new}.{rank}").write_bytes(pickle.dumps(found))
+"""
+
+
+@pytest.mark.slow
+def test_on_two_processes_and_back(saved, tmp_path):
+    root, wanted = saved
+    new, port = tmp_path / "of_two", str(free_port())
+    path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    children = [
+        subprocess.Popen(
+            [sys.executable, "-c", BESIDE, str(rank), port, str(root), str(new)],
+            env=os.environ | {"JAX_NUM_CPU_DEVICES": "4", "PYTHONPATH": path},
+            stderr=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    for rank, child in enumerate(children):
+        _, errors = child.communicate(timeout=300)
+        assert child.returncode == 0, errors
+        assert pickle.loads(Path(f"{new}.{rank}").read_bytes()) == wanted
+    assert saved_bits(restored(program_on((1, 1, 1, 1)), new)) == wanted

@@ -1,0 +1,131 @@
+"""What the processes of a run tell each other, here without any of them."""
+
+import jax
+import numpy as np
+import pytest
+
+from ddrl_jax import distributed
+from ddrl_jax.distributed import Place, place, whole_scores
+from ddrl_jax.errors import UserError
+from ddrl_jax.interfaces import Scores
+from ddrl_jax.sharding import AXES, Held, make_mesh, place_batch, place_fetched, to_host
+
+# ---- where a process stands
+
+HOST = "10.0.0.1:1234"
+
+
+@pytest.mark.parametrize(
+    ("flags", "environment", "expected"),
+    [
+        ({}, {}, None),
+        ({}, {"JAX_COORDINATOR_ADDRESS": HOST}, None),  # for a cluster, not by hand
+        (
+            {"coordinator": HOST, "processes": "2", "process": "1"},
+            {"DDRL_PROCESS": "0"},  # a flag wins
+            Place(HOST, 2, 1),
+        ),
+        (
+            {"process": "0"},
+            {"DDRL_COORDINATOR": "[::1]:99", "DDRL_PROCESSES": "3"},
+            Place("[::1]:99", 3, 0),
+        ),
+        ({"processes": "1"}, {}, Place("", 1, 0)),
+    ],
+)
+def test_a_process_finds_its_place(flags, environment, expected):
+    assert place(flags, environment) == expected
+
+
+@pytest.mark.parametrize(
+    ("coordinator", "processes", "process"),
+    [
+        (HOST, "2", None),
+        (None, "2", "0"),
+        (HOST, "2", "2"),
+        (HOST, "2", "-1"),
+        (HOST, "two", "0"),
+        ("10.0.0.1", "2", "0"),
+        ("10.0.0.1:0", "2", "0"),
+        (":1234", "2", "0"),
+    ],
+)
+def test_half_a_place_is_one_message(coordinator, processes, process):
+    flags = {"coordinator": coordinator, "processes": processes, "process": process}
+    with pytest.raises(UserError, match="--distributed.coordinator=HOST:PORT") as found:
+        place(flags, {})
+    assert f"coordinator {coordinator or 'missing'}" in str(found.value)
+
+
+# ---- what the processes of a run tell each other, here without any
+
+
+def test_scores_are_joined_in_the_order_of_the_samples(monkeypatch):
+    tables = []
+    held = {0: [0, 1, 4], 1: [], 2: [3, 2]}
+    values = np.array([0.5, -1.0, np.nan, 3.0, 4.0], np.float32)
+    valid = np.array([True, True, False, True, True])
+    monkeypatch.setattr(jax, "process_count", lambda: len(held))
+
+    def own(rows):
+        rows = np.array(rows, int)
+        whole_scores(Scores({"size": values[rows]}, valid[rows]), rows, 5)
+
+    def kept(table):
+        tables.append(table)
+        raise InterruptedError
+
+    monkeypatch.setattr(distributed, "every", kept)
+    for rows in held.values():
+        with pytest.raises(InterruptedError):
+            own(rows)
+    monkeypatch.setattr(distributed, "every", lambda _: np.stack(tables))
+    rows = np.array(held[2])
+    found = whole_scores(Scores({"size": values[rows]}, valid[rows]), rows, 5)
+    np.testing.assert_array_equal(found.values["size"], values)
+    np.testing.assert_array_equal(found.valid, valid)
+
+
+def test_who_differs_is_named_with_host_and_key(monkeypatch):
+    digests = []
+
+    def gather(rows):
+        if rows.shape == (distributed.NAME_BYTES,):
+            names = [f"node{i}".encode().ljust(rows.size) for i in range(3)]
+            return np.stack([np.frombuffer(n, np.uint8) for n in names])
+        other = rows.copy()
+        other[-1] ^= 1  # of process 1, in the last value
+        digests.append(rows)
+        return np.stack([rows, other if len(rows) == 2 else rows, rows])
+
+    monkeypatch.setattr(jax, "process_count", lambda: 3)
+    monkeypatch.setattr(distributed, "every", gather)
+    with pytest.raises(UserError) as found:
+        distributed.check_agreement({"optimizer.lr": 0.5, "seed": 7})
+    assert "process 1 on node1 differs in seed" in str(found.value)
+    assert "node0" not in str(found.value) and "optimizer" not in str(found.value)
+    distributed.check_agreement({"seed": 7})  # one row: all equal
+
+
+def test_alone_nothing_is_gathered():
+    odd = np.array([[1.5, np.nan]], np.float64)
+    np.testing.assert_array_equal(distributed.every(odd), odd[None])
+    distributed.check_agreement({"seed": object()})
+    assert distributed.main_first(lambda: 3) == 3
+
+
+@pytest.mark.parametrize("sizes", [(8, 1, 1, 1), (2, 2, 2, 1), (1, 1, 4, 2)])
+def test_every_row_is_held_once(sizes):
+    mesh = make_mesh(dict(zip(AXES, sizes, strict=True)))
+    pictures = np.arange(8 * 3, dtype=np.uint8).reshape(8, 3)
+    held = Held(place_batch(mesh, pictures))
+    np.testing.assert_array_equal(held.rows, np.arange(8))
+    assert held.shape == pictures.shape
+    np.testing.assert_array_equal(np.asarray(held), pictures)
+
+
+def test_fetched_records_land_in_their_rows():
+    mesh = make_mesh({"data": 4, "fsdp": 2, "tensor": 1, "context": 1})
+    numbers = np.array([5, 3, 3, 9, 0, 1, 5, 7])
+    found = place_fetched(mesh, numbers, lambda n: {"x": np.stack([n, n * n], 1)})
+    np.testing.assert_array_equal(to_host(found)["x"][:, 1], numbers**2)

@@ -1,0 +1,252 @@
+"""Two and four real processes are one run: same numbers, one end, one voice."""
+
+import json
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+from process_runs import (
+    EPOCHS,
+    ROOT,
+    ends,
+    epochs_saved,
+    free_port,
+    metrics,
+    process,
+    start,
+    to_its_end,
+)
+
+# ---- the launcher
+
+
+def script(*arguments: str, **more: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [ROOT / "launch" / "local_processes.sh", *arguments],
+        cwd=ROOT,
+        env=os.environ | more,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+
+
+def test_the_launcher_shows_what_it_would_start():
+    found = script("--dry-run", "2", "3", "--", "--workdir=a b", PORT="77")
+    lines = found.stdout.splitlines()
+    assert found.returncode == 0 and len(lines) == 2
+    for i, line in enumerate(lines):
+        assert line.startswith("JAX_PLATFORMS=cpu JAX_NUM_CPU_DEVICES=3 ")
+        assert "--distributed.coordinator=127.0.0.1:77" in line
+        assert "--distributed.processes=2" in line and r"--workdir=a\ b" in line
+        assert line.endswith(f"--distributed.process={i}")
+
+
+@pytest.mark.parametrize(
+    "arguments", [(), ("2", "1"), ("0", "1", "--", "x"), ("2", "a", "--", "x")]
+)
+def test_the_launcher_explains_itself(arguments):
+    found = script(*arguments)
+    assert found.returncode == 2 and "PROCESSES DEVICES_EACH" in found.stderr
+
+
+STAND_IN = """#!/usr/bin/env bash
+[ "$1" = -c ] && { echo 1; exit; }
+rank=${@: -1}; rank=${rank##*=}
+trap 'echo "told $rank"; exit 0' TERM
+[ "$rank" = "$FAILING" ] && exit 7
+echo "ready $rank"
+for i in $(seq 200); do sleep 0.1; [ "$FAILING" ] && exit 0; done
+"""
+
+
+def test_the_launcher_hands_on_signals_and_statuses(tmp_path):
+    stand_in = tmp_path / "python"
+    stand_in.write_text(STAND_IN)
+    stand_in.chmod(0o755)
+    script_path = ROOT / "launch" / "local_processes.sh"
+    with subprocess.Popen(
+        [script_path, "3", "1", "--", "x"],
+        env=os.environ | {"PYTHON": str(stand_in), "FAILING": ""},
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as child:
+        assert sorted(child.stdout.readline() for _ in range(3))[0] == "ready 0\n"
+        child.terminate()
+        told, _ = child.communicate(timeout=30)
+    assert child.returncode == 0
+    assert sorted(told.split("\n"))[-3:] == ["told 0", "told 1", "told 2"]
+    assert (
+        script("3", "1", "--", "x", PYTHON=str(stand_in), FAILING="1").returncode == 7
+    )
+
+
+# ---- real processes
+
+pytest_slow = pytest.mark.slow
+EXACT = ("evaluation/", "reward/", "diversity/", "samples_seen", "step")
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory) -> Path:
+    """The run in one process with all devices."""
+    workdir = tmp_path_factory.mktemp("alone") / "run"
+    to_its_end(workdir, 1)
+    return workdir
+
+
+def check_same(workdir: Path, other: Path) -> None:
+    """Samples and rewards to the bit; sums over devices in gloo's order."""
+    found, wanted = metrics(workdir), metrics(other)
+    assert [line.keys() for line in found] == [line.keys() for line in wanted]
+    assert len(found) == EPOCHS + 1
+    for line, twin in zip(found, wanted, strict=True):
+        for name, value in line.items():
+            if name.startswith(EXACT):
+                assert value == twin[name], name
+            assert value == pytest.approx(twin[name], rel=1e-5, abs=1e-6), name
+    for picture in (other / "samples").iterdir():
+        twin = workdir / "samples" / picture.name
+        assert twin.read_bytes() == picture.read_bytes()
+
+
+@pytest_slow
+@pytest.mark.parametrize("processes", [2, 4])
+def test_several_processes_are_one_run(processes, alone, tmp_path):
+    workdir = tmp_path / "run"
+    found = to_its_end(workdir, processes)
+    check_same(workdir, alone)
+    assert len((workdir / "starts.jsonl").read_text().splitlines()) == 1
+    assert found[0][1] == f"report: {workdir}/report.html"
+    assert found[0][2].count("epoch 2/") == 1
+    for _, output, errors in found[1:]:
+        assert output == "" and "epoch" not in errors
+    # The other way round: one process reads what several have saved, and finds in it
+    # what they found.
+    (_, output, _), *_ = to_its_end(workdir, 1, "--mode=evaluate")
+    last = metrics(workdir)[-1]["evaluation/compressibility/mean"]
+    assert f"{last:.5g}" in output and f"epoch {EPOCHS}" in output
+
+
+def saved_and_going(workdir: Path, run: list, epoch: int = 1) -> None:
+    """Waits until a checkpoint is there."""
+    limit = time.monotonic() + 240
+    while epoch not in epochs_saved(workdir):
+        assert all(p.poll() is None for p in run) and time.monotonic() < limit
+        time.sleep(0.02)
+
+
+LONG = ("--config.train.epochs=1000", "--config.evaluate.every=0")
+
+
+@pytest_slow
+def test_sigterm_to_one_stops_all_at_the_same_epoch(tmp_path):
+    run = start(tmp_path / "run", 2, *LONG)
+    saved_and_going(tmp_path / "run", run)
+    run[1].terminate()
+    (first, _, said), (second, _, heard) = ends(run)
+    assert (first, second) == (0, 0), said + heard
+    last = epochs_saved(tmp_path / "run")[-1]
+    assert f"a signal to another process: epoch {last} is saved" in said
+    assert heard.count("SIGTERM: finishing the step") == 1
+    assert metrics(tmp_path / "run")[-1]["step"] == last
+
+
+@pytest_slow
+@pytest.mark.parametrize("victim", [0, 1])
+def test_when_one_is_killed_the_others_end_and_name_it(victim, alone, tmp_path):
+    workdir = tmp_path / "run"
+    run = start(workdir, 2)
+    saved_and_going(workdir, run)
+    run[victim].kill()
+    killed = time.monotonic()
+    found = ends(run)
+    assert time.monotonic() - killed < 30
+    status, _, errors = found[1 - victim]
+    assert found[victim][0] == -signal.SIGKILL and status == 2, errors
+    assert errors.count("ddrl_jax: error: the run has ended because one of its") == 1
+    assert f"got:     process {victim} " in errors and "Traceback" not in errors
+    done = len(metrics_lines(workdir)) - 1  # epochs whose metrics were written
+    assert epochs_saved(workdir)[-1] >= done - 1  # at most the one in flight is lost
+    to_its_end(workdir, 2)
+    check_same(workdir, alone)
+
+
+def metrics_lines(workdir: Path) -> list[dict]:
+    """Whole lines only: a kill may have cut the last one."""
+    lines = (workdir / "metrics.jsonl").read_text().split("\n")[:-1]
+    return [json.loads(line) for line in lines]
+
+
+@pytest_slow
+def test_another_seed_in_one_process_is_refused_before_any_work(tmp_path):
+    found = ends(start(tmp_path / "run", 2, own={1: ("--config.seed=3",)}))
+    assert [status for status, *_ in found] == [2, 2], found
+    assert any("differs in seed" in errors for *_, errors in found), found
+    assert not (tmp_path / "run").exists()
+
+
+STRAYED = """
+import os
+import ddrl_jax.train as loop
+from ddrl_jax.main import main
+
+collect = loop.collect
+
+def strayed(program, state, epoch, *others):
+    batch = collect(program, state, epoch, *others)
+    if epoch == 1 and os.environ["DDRL_PROCESS"] == "1":
+        text = ("another", *batch.prompts.text[1:])
+        batch = batch._replace(prompts=batch.prompts._replace(text=text))
+    return batch
+
+loop.collect = strayed
+main()
+"""
+FAILING = """
+import os
+from ddrl_jax.main import main
+from ddrl_jax.rewards import registry
+
+def broken(images, prompts):
+    raise ValueError("the judge is out")
+
+if os.environ["DDRL_PROCESS"] == "1":
+    registry.REWARDS["compressibility"] = lambda *_: broken
+main()
+"""
+
+
+@pytest_slow
+def test_a_process_that_strays_later_or_fails_stops_all(tmp_path):
+    strayed = ends(start(tmp_path / "strayed", 2, code=STRAYED))
+    assert [status for status, *_ in strayed] == [2, 2], strayed
+    assert any("differs in the prompts" in errors for *_, errors in strayed), strayed
+    assert [line["step"] for line in metrics(tmp_path / "strayed")] == [0, 1]
+    found = ends(start(tmp_path / "failing", 2, code=FAILING))
+    assert [status for status, *_ in found] == [2, 2], found
+    assert "the judge is out" in found[1][2]
+    assert "got:     process 1 on" in found[0][2], found[0][2]
+    assert "the reward 'compressibility' failed" in found[0][2]
+
+
+@pytest_slow
+def test_slurm_needs_no_flags(tmp_path):
+    port = free_port()
+    slurm = {
+        "SLURM_JOB_ID": "1",
+        "SLURM_NTASKS": "2",
+        "SLURM_STEP_NODELIST": "127.0.0.1",
+        "JAX_COORDINATOR_PORT": str(port),
+    }
+    own = [{"SLURM_PROCID": str(i), "SLURM_LOCALID": str(i)} for i in range(2)]
+    flags = ("--config.train.epochs=1",)
+    found = ends([process(tmp_path / "run", 2, flags, slurm | more) for more in own])
+    assert [status for status, *_ in found] == [0, 0], found
+    assert len(metrics(tmp_path / "run")) == 2
+    begun = json.loads((tmp_path / "run" / "starts.jsonl").read_text())
+    assert begun["devices"].startswith("4 x")
