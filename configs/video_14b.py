@@ -1,11 +1,12 @@
 """DDRL on a text-to-video transformer of 14.3 billion weights: a run to plan.
 
-    python -m ddrl_jax.main --mode=plan --config=configs/video_14b.py \
+    python -m ddrl_jax.main --mode=plan --config=configs/video_14b.py:pod \
         --plan.devices=256 --plan.chip=v5p
 
 40 blocks of width 5,120 on 32,760 video tokens and 512 text tokens: the shape of the
 14 B open video models at 832 x 480 and 81 frames. No weights of ours exist, so only
-`--mode=plan` runs it at this size; `:smoke` is the same row on a random tiny network.
+`--mode=plan` runs it at this size. `:pod` divides weights by 16 and videos by 4, for a
+multiple of 64 chips; `:smoke` is the same row on a random tiny network.
 Rollout of 20 steps, 10 of them trained, 16 prompts of 16 videos an epoch.
 """
 
@@ -15,13 +16,14 @@ from configs import base
 
 
 def get_config(variant: str = "") -> ConfigDict:
-    if variant not in ("", "lora", "smoke"):
-        raise ValueError(f'unknown variant "{variant}", there are ":lora" and ":smoke"')
+    known = ("", "pod", "lora", "smoke")
+    if variant not in known:
+        raise ValueError(f'unknown variant "{variant}", there are {known[1:]}')
     c = base.get_config()
     c.name = "video_14b"
     c.model.update(name="video_dit", init="random", patch=2)
     c.model.update(width=5120, depth=40, heads=40)
-    c.model.update(dtype="bfloat16", attention="chunked", remat="full")
+    c.model.update(dtype="bfloat16", remat="full")
     c.lora.rank = 32 if variant == "lora" else 0
     c.data.source = "none"
     c.prompts.update(source="list", list=("a cat walks", "a dog runs"))
@@ -31,6 +33,8 @@ def get_config(variant: str = "") -> ConfigDict:
     c.train.update(epochs=100, minibatches=1, microbatch=1)
     c.optimizer.lr = 1e-5
     c.evaluate.update(solver="rollout")
+    if variant == "pod":
+        c.mesh.update(fsdp=16, context=4)
     return _shrink(c) if variant == "smoke" else c
 
 

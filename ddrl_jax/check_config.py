@@ -42,6 +42,24 @@ def check_config(config: Any, device_count: int) -> None:
     _check_outputs(config)
 
 
+def check_shapes(config: Any, device_count: int) -> None:
+    """The part of `check_config` that a plan needs: no file has to be there.
+
+    Args:
+      config: what get_config() of a configuration file returned.
+      device_count: devices that the mesh has to cover.
+
+    Raises:
+      UserError: the first key or combination of keys that is wrong.
+    """
+    check_keys(config)
+    _check_names(config)
+    _check_network(config)
+    _check_batches(config)
+    _check_mesh(config, device_count)
+    _check_optimizer(config)
+
+
 def _check_names(config: Any) -> None:
     """The names of samplers, solvers, attention and rewards are those of the code."""
     used = [

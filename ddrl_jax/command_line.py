@@ -21,9 +21,11 @@ MODES = {
     "sample": "write a data set of samples of the workdir's weights, or of the first",
     "export": "write the averaged weights of the workdir to a file",
     "report": "write report.html from what the workdir holds; needs no --config",
+    "plan": "what the run needs on accelerators that are not here; needs no --workdir",
     "compare": "one table and figure of WORKDIR/ARM/seed_N; needs no --config",
 }
 PLACE = ("distributed.coordinator", "distributed.processes", "distributed.process")
+PLAN = ("plan.devices", "plan.chip", "plan.efficiency", "plan.suggest")
 USAGE = "python -m ddrl_jax.main --config=configs/quickstart.py --workdir=runs/mine"
 
 
@@ -35,6 +37,7 @@ class Command(NamedTuple):
     config: ConfigDict | None
     place: dict[str, str | None]  # of this process; see ddrl_jax.distributed
     profile: tuple[int, int] | None = None  # first and last epoch to trace
+    plan: dict[str, str | None] | None = None  # see ddrl_jax.plan
 
 
 def help_text() -> str:
@@ -49,7 +52,11 @@ def help_text() -> str:
         "\n\n"
         "Several processes that no cluster starts (Slurm, Open MPI, TPU and GKE do):\n"
         "  --distributed.coordinator=HOST:PORT --distributed.processes=N\n"
-        "  --distributed.process=I   of this one, 0..N-1"
+        "  --distributed.process=I   of this one, 0..N-1\n\n"
+        "--mode=plan:\n"
+        "  --plan.devices=N --plan.chip=NAME   v5e, v5p, v6e, A100, H100 or H200\n"
+        "  --plan.efficiency=0.4     share of the peak FLOP/s that products reach\n"
+        "  --plan.suggest=true       search the smallest mesh that fits"
     )
 
 
@@ -68,7 +75,7 @@ def parse(argv: Sequence[str]) -> Command:
     flags.DEFINE_string("workdir", None, "folder of the run", flag_values=values)
     flags.DEFINE_string("mode", "train", "what to do", flag_values=values)
     flags.DEFINE_string("profile", None, "epochs to trace", flag_values=values)
-    for name in PLACE:
+    for name in (*PLACE, *PLAN):
         flags.DEFINE_string(name, None, "see --help", flag_values=values)
     # What comes after an override of a key is to be seen too.
     values.set_gnu_getopt(True)
@@ -82,7 +89,7 @@ def parse(argv: Sequence[str]) -> Command:
             way_out="--help lists the flags",
         ) from e
     _check_mode(values.mode)
-    if not values.workdir:
+    if not values.workdir and values.mode != "plan":
         raise UserError(
             "--workdir is missing",
             got="no folder",
@@ -98,7 +105,9 @@ def parse(argv: Sequence[str]) -> Command:
     if values.profile is not None:
         total = flatten(config).get("train.epochs")
         profile = _epochs(values.profile, values.mode, total)
-    return Command(values.mode, values.workdir, config, place, profile)
+    plan = {name.removeprefix("plan."): values[name].value for name in PLAN}
+    workdir = values.workdir or ""
+    return Command(values.mode, workdir, config, place, profile, plan)
 
 
 def _check_mode(mode: str) -> None:
@@ -138,7 +147,7 @@ def _check_flags(rest: Sequence[str]) -> None:
             f"there is no flag --{name}",
             got=argument,
             wanted="--config, --config.KEY, --workdir, --mode or --profile",
-            way_out=near(name, ("config", "workdir", "mode", "profile", *PLACE))
+            way_out=near(name, ("config", "workdir", "mode", "profile", *PLACE, *PLAN))
             + "--help lists them",
         )
 

@@ -80,6 +80,12 @@ def _dispatch(command: Command, join: bool) -> None:
     if mode == "report" or config is None:
         _report(workdir)
         return
+    if mode == "plan":
+        from ddrl_jax.plan import plan_mode
+
+        _enable_compilation_cache()
+        plan_mode(config, command.plan or {})
+        return
     from ddrl_jax.check_config import check_config
     from ddrl_jax.config_rules import shared_settings
     from ddrl_jax.distributed import check_agreement, joined, place

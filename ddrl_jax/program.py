@@ -142,11 +142,7 @@ def build(config) -> Program:
         recompute=jax.jit(make_recompute(objective)),
         advantages=jax.jit(make_advantages(config)),
         select=jax.jit(make_selection(config, chunk_size(config, mesh))),
-        update=jax.jit(
-            make_update(objective, tx, config.optimizer.ema_decay),
-            donate_argnames="state",
-            out_shardings=(states, None),
-        ),
+        update=jit_update(config, objective, tx, weights.abstract),
         refresh=jax.jit(
             lambda state: state._replace(opt_state=tx.init(state.params)),
             donate_argnames="state",
@@ -160,6 +156,16 @@ def _make_decode(pipeline: Pipeline, mesh: Mesh) -> Callable:
     # a plain function becomes a Partial without leaves
     placed = put(Partial(pipeline.decode), replicated(mesh))
     return partial(jax.jit(lambda decode, x0: decode(x0)), placed)
+
+
+def jit_update(config, objective: Objective, tx, state: TrainState) -> Callable:
+    """The update of the run, jitted; `state` says where each leaf lives."""
+    states = jax.tree.map(lambda leaf: leaf.sharding, state)
+    return jax.jit(
+        make_update(objective, tx, config.optimizer.ema_decay),
+        donate_argnames="state",
+        out_shardings=(states, None),
+    )
 
 
 def chunk_size(config, mesh: Mesh) -> int:
@@ -258,6 +264,17 @@ def _make_rollout(config, mesh: Mesh, objective: Objective, decode: Callable):
     chunk = chunk_size(config, mesh)
     times = step_times(objective.kernel, chunk)
     times = place_batch(mesh, times, axis=1)
+    sample = make_sample(objective)
+
+    def run(params, frozen, keys, cond, trained) -> Rollout:
+        x0, trajectory = sample(params, frozen, keys, cond, times, trained)
+        return Rollout(decode(x0), trajectory, x0)
+
+    return run
+
+
+def make_sample(objective: Objective) -> Callable:
+    """(params, frozen, keys, cond, times, trained) -> (x0, Trajectory), jitted."""
 
     @jax.jit
     def sample(params, frozen, keys, cond, times, trained):
@@ -275,8 +292,4 @@ def _make_rollout(config, mesh: Mesh, objective: Objective, decode: Callable):
             trained,
         )
 
-    def run(params, frozen, keys, cond, trained) -> Rollout:
-        x0, trajectory = sample(params, frozen, keys, cond, times, trained)
-        return Rollout(decode(x0), trajectory, x0)
-
-    return run
+    return sample

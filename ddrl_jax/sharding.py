@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import mesh_utils, multihost_utils
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from ddrl_jax.errors import UserError
@@ -84,7 +84,9 @@ def hybrid_grid(shape: Sequence[int], slices: list[list]) -> np.ndarray:
     return grid.transpose(0, 2, 1, 3, 4, 5).reshape(shape)
 
 
-def spec_for(axes: tuple, shape: tuple[int, ...], mesh: Mesh, rules=RULES) -> P:
+def spec_for(
+    axes: tuple, shape: tuple[int, ...], mesh: Mesh | AbstractMesh, rules=RULES
+) -> P:
     """Resolves logical axes to a spec; a mesh axis that does not divide is dropped.
 
     Args:

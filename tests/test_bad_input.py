@@ -46,7 +46,24 @@ ARGUMENTS = {
     "empty workdir": ([SMOKE, "--workdir="], "--workdir is missing"),
     "workdir without value": ([SMOKE, "--workdir"], "Missing value"),
     "no such mode": ([SMOKE, "--workdir=w", "--mode=tain"], 'did you mean "train"?'),
-    "mode of a later version": ([SMOKE, "--workdir=w", "--mode=plan"], "'plan'"),
+    "plan without devices": ([SMOKE, "--mode=plan"], "--plan.devices is missing"),
+    "plan without a chip": (
+        [SMOKE, "--mode=plan", "--plan.devices=8"],
+        "--plan.chip is missing",
+    ),
+    "unknown chip": (
+        [SMOKE, "--mode=plan", "--plan.devices=8", "--plan.chip=v5"],
+        "no such chip",
+    ),
+    "devices of a plan in words": (
+        [SMOKE, "--mode=plan", "--plan.devices=many", "--plan.chip=v5p"],
+        "--plan.devices",
+    ),
+    "plan of a mesh that does not cover": (
+        [SMOKE, "--mode=plan", "--plan.devices=6", "--plan.chip=v5p"]
+        + ["--config.mesh.fsdp=4"],
+        "does not cover the devices",
+    ),
     "misspelt flag": ([SMOKE, "--workdri=w", "--workdir=w"], 'did you mean "workdir"?'),
     "no flag at all": ([SMOKE, "--workdir=w", "train"], "belongs to no flag"),
     "value apart": ([SMOKE, "--workdir=w", "--config.log.progress", "0"], "got:     0"),

@@ -7,16 +7,11 @@ heads for tokens (context) in place of anything more expensive it may come up wi
 
 from typing import NamedTuple
 
-import jax
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
 from ddrl_jax.models.attention import attention
-from ddrl_jax.sharding import RULES, spec_for
-
-# Self-attention sees every token, so there the context axis splits heads instead
-# (DeepSpeed Ulysses, Jacobs 2023): an all-to-all each for q, k, v and the result.
-WHOLE = {**RULES, "heads": ("tensor", "context")}
+from ddrl_jax.sharding import constrain
 
 
 class Layout(NamedTuple):
@@ -25,11 +20,8 @@ class Layout(NamedTuple):
     mesh: Mesh | None = None
     impl: str = "xla"
 
-    def _place(self, x: Array, axes: tuple, rules=RULES) -> Array:
-        if self.mesh is None:
-            return x
-        spec = spec_for(axes, x.shape, self.mesh, rules)
-        return jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, spec))
+    def _place(self, x: Array, axes: tuple) -> Array:
+        return x if self.mesh is None else constrain(x, axes, self.mesh)
 
     def samples(self, x: Float[Array, "b k d"]) -> Float[Array, "b k d"]:
         """A few vectors of each sample, whole on every device that has the sample."""
@@ -49,11 +41,11 @@ class Layout(NamedTuple):
         k: Float[Array, "b l h d"],
         v: Float[Array, "b l h d"],
     ) -> Float[Array, "b l h d"]:
-        """Attention among all tokens, the heads divided over tensor and context."""
-        split, whole = ("batch", "length", "heads"), ("batch", None, "heads")
-        each = (self._place(self._place(a, split), whole, WHOLE) for a in (q, k, v))
-        mixed = attention(*each, impl=self.impl)
-        return self._place(self._place(mixed, whole, WHOLE), split)
+        """Attention among all tokens; the context axis is the attention's to handle."""
+        split = ("batch", "length", "heads")
+        each = (self._place(a, split) for a in (q, k, v))
+        mixed = attention(*each, impl=self.impl, mesh=self.mesh)
+        return self._place(mixed, split)
 
     def prompt_attention(
         self,
@@ -64,4 +56,5 @@ class Layout(NamedTuple):
         """Attention of the tokens a device has to all words of the prompt."""
         q = self._place(q, ("batch", "length", "heads"))
         k, v = (self._place(a, ("batch", None, "heads")) for a in (k, v))
-        return self._place(attention(q, k, v), ("batch", "length", "heads"))
+        mixed = attention(q, k, v, mesh=self.mesh)
+        return self._place(mixed, ("batch", "length", "heads"))

@@ -1,0 +1,125 @@
+"""--mode=plan: what a run needs on accelerators that are not here, before they are."""
+
+import math
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+
+from ddrl_jax.check_config import check_shapes
+from ddrl_jax.chips import Chip, chip_named
+from ddrl_jax.errors import UserError
+from ddrl_jax.plan.lowered import compile_phase, describe
+from ddrl_jax.plan.roofline import EFFICIENCY
+from ddrl_jax.plan.search import suggest
+from ddrl_jax.plan.sheet import sheet, suggestion_line
+
+
+class Settings(NamedTuple):
+    """The --plan.* flags, understood."""
+
+    devices: int
+    chip: Chip
+    efficiency: float
+    suggest: bool
+
+
+def plan_mode(config: Any, flags: Mapping[str, str | None]) -> None:
+    """Prints the plan of a configuration.
+
+    Args:
+      config: the whole configuration; no weight and no file of it is read.
+      flags: "devices", "chip", "efficiency" and "suggest" as on the command line.
+
+    Raises:
+      UserError: a flag that is missing or wrong, a mesh that does not fit the devices.
+    """
+    settings = read(flags)
+    check_shapes(config, settings.devices)
+    placeholders(settings.devices)
+    config = _whole_mesh(config, settings.devices)
+    plan = describe(config)
+    compiled = [compile_phase(phase, plan.mesh) for phase in plan.phases]
+    print(sheet(plan, compiled, settings.chip, settings.efficiency), flush=True)
+    if settings.suggest:
+        memory = settings.chip.hbm_bytes
+        found = suggest(plan, compiled[-1], settings.devices, memory)
+        print(suggestion_line(found, memory), flush=True)
+
+
+def read(flags: Mapping[str, str | None]) -> Settings:
+    """Understands the flags.
+
+    Raises:
+      UserError: names the one that is missing or wrong.
+    """
+    for name, example in (("devices", "256"), ("chip", "v5p")):
+        if not flags.get(name):
+            raise UserError(
+                f"--plan.{name} is missing",
+                got="nothing",
+                wanted="what to plan for",
+                way_out=f"--plan.{name}={example}",
+            )
+    chip = chip_named(str(flags["chip"]))
+    devices = _number(flags, "devices", int, "a whole number >= 1")
+    efficiency = _number(flags, "efficiency", float, "a share of 1", EFFICIENCY)
+    wanted = flags.get("suggest") or "true"
+    if wanted not in ("true", "false"):
+        raise _wrong("suggest", wanted, "true or false")
+    if devices < 1 or not 0 < efficiency <= 1:
+        name = "devices" if devices < 1 else "efficiency"
+        raise _wrong(name, flags[name], "devices >= 1, and an efficiency in (0, 1]")
+    return Settings(devices, chip, efficiency, wanted == "true")
+
+
+def _number(flags, name: str, kind: type, wanted: str, default: Any = None) -> Any:
+    given = flags.get(name)
+    if given is None:
+        return default
+    try:
+        return kind(given)
+    except ValueError as e:
+        raise _wrong(name, given, wanted) from e
+
+
+def _wrong(name: str, got: object, wanted: str) -> UserError:
+    return UserError(
+        f"--plan.{name} has a value that can not be used",
+        got=repr(got),
+        wanted=wanted,
+        way_out=f"correct --plan.{name}",
+    )
+
+
+def placeholders(devices: int) -> None:
+    """Gives this process so many CPU devices to compile for; nothing runs on them.
+
+    It has to be said before JAX starts, which is why plan is a mode of the program and
+    not a function of a running one.
+
+    Raises:
+      UserError: JAX runs already, with fewer devices.
+    """
+    try:
+        jax.config.update("jax_platforms", "cpu")
+        jax.config.update("jax_num_cpu_devices", devices)
+    except RuntimeError:  # it runs: enough where a test has started it
+        pass
+    if jax.device_count() < devices:
+        raise UserError(
+            "the plan needs more devices than this process was started with",
+            got=f"{jax.device_count()} placeholder devices",
+            wanted=f"{devices}",
+            way_out="unset XLA_FLAGS and JAX_NUM_CPU_DEVICES, and start again",
+        )
+
+
+def _whole_mesh(config: Any, devices: int) -> Any:
+    """The configuration with a size in place of -1."""
+    config = config.copy_and_resolve_references()
+    sizes = dict(config.mesh)
+    known = -math.prod(sizes.values())
+    free = {axis: devices // known for axis, size in sizes.items() if size == -1}
+    config.mesh.update(free)
+    return config

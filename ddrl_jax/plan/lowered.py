@@ -1,0 +1,234 @@
+"""A run's two large programs, compiled for a mesh that is not here.
+
+Arguments are shapes with shardings: no weight is made, no file is read. The functions
+are those of `program`, so what is planned is what runs.
+"""
+
+import math
+import time
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from ddrl_jax.diffusion.kernels import make_kernel
+from ddrl_jax.draws import draw_trained_steps
+from ddrl_jax.flops import Count, count
+from ddrl_jax.interfaces import Cond, DataSource, Memory, Trajectory
+from ddrl_jax.learner import Minibatch, TrainState
+from ddrl_jax.optim import make_optimizer
+from ddrl_jax.plan.hlo import Collective, collectives
+from ddrl_jax.program import (
+    PIPELINES,
+    chunk_size,
+    jit_update,
+    make_objective,
+    make_sample,
+    total_updates,
+)
+from ddrl_jax.rollout import step_times
+from ddrl_jax.sharding import AXES, BATCH, make_mesh, params_shardings, table, without
+from ddrl_jax.terms import WEIGHTED
+from ddrl_jax.weights import Weights, describe_weights
+
+
+class Phase(NamedTuple):
+    """One jitted program with its abstract arguments."""
+
+    name: str
+    function: Any
+    arguments: tuple
+    calls: int  # an epoch
+
+
+class Abstract(NamedTuple):
+    """A run without weights.
+
+    Attributes:
+      config: of the run.
+      mesh: over placeholder devices.
+      weights: shapes and shardings of everything trained.
+      frozen: of the base under a LoRA, or {}.
+      chunk: one microbatch with its kept transitions.
+      chunks: of them in an update.
+      phases: rollout and update, in this order; no rollout without a policy term.
+    """
+
+    config: Any
+    mesh: Mesh
+    weights: Weights
+    frozen: Any
+    chunk: Minibatch
+    chunks: int
+    phases: tuple[Phase, ...]
+
+
+class Compiled(NamedTuple):
+    """What the compiler and the jaxpr say of one phase.
+
+    Attributes:
+      phase: which.
+      arguments: bytes a device, weights and trajectory included.
+      outputs: bytes a device that do not take the place of arguments.
+      temporaries: bytes a device at their peak.
+      count: FLOPs and bytes of products, of all devices together.
+      collectives: read from the compiled text.
+      seconds: of lowering and compiling.
+    """
+
+    phase: Phase
+    arguments: int
+    outputs: int
+    temporaries: int
+    count: Count
+    collectives: list[Collective]
+    seconds: float
+
+    @property
+    def peak(self) -> int:
+        """All of it at once."""
+        return self.arguments + self.outputs + self.temporaries
+
+
+def describe(config: Any) -> Abstract:
+    """The phases of a configuration whose mesh has no -1.
+
+    Args:
+      config: the whole configuration, checked.
+    """
+    mesh = make_mesh(config.mesh)
+    pipeline = PIPELINES[config.model.name](config, mesh)
+    kernel = make_kernel(config.sampler, pipeline.prediction)
+    source = None
+    if config.data_term.weight:  # as from a cache of latents: they come with the chunk
+        source = DataSource(("",), lambda records, keys: records)
+    objective = make_objective(config, pipeline, kernel, source)
+    tx = make_optimizer(config.optimizer, total_updates(config))
+    weights = describe_weights(config, pipeline, tx, mesh)
+    lora = bool(config.lora.rank)
+    frozen = (
+        _shaped(weights.shapes["params"], weights.shardings["params"]) if lora else {}
+    )
+    reference = None
+    if config.policy.kl_weight:
+        trained = None if lora else weights.abstract.params
+        reference = (trained, frozen)
+    chunk = _chunk(config, mesh, pipeline, kernel)
+    size = chunk_size(config, mesh)
+    total = config.prompts.per_epoch * config.prompts.group_size // size
+    chunks = total // config.train.minibatches
+    update = Phase(
+        "update",
+        jit_update(config, objective, tx, weights.abstract),
+        (weights.abstract, frozen, reference, (chunk,) * chunks),
+        config.train.minibatches * config.train.inner_epochs,
+    )
+    phases = (update,)
+    if config.policy.weight:
+        copies = _rollout_weights(weights, frozen)
+        times = _split(mesh, step_times(kernel, size).shape, jnp.float32, 1)
+        steps = len(draw_trained_steps(config, kernel, 0, 1))
+        kept = _split(mesh, (steps, size), jnp.int32, 1)
+        arguments = (*copies, chunk.keys, chunk.cond, times, kept)
+        phases = (Phase("rollout", make_sample(objective), arguments, total), update)
+    return Abstract(config, mesh, weights, frozen, chunk, chunks, phases)
+
+
+def _rollout_weights(weights: Weights, frozen: Any) -> tuple[Any, Any]:
+    """(trained, frozen) as config.rollout lays them out."""
+    state: TrainState = weights.abstract
+    settings = weights.config.rollout
+    if settings.layout == "train" and settings.dtype == "float32":
+        return state.params, frozen
+    axes = {"replicated": AXES, "tensor": ("fsdp",), "train": ()}[settings.layout]
+    rules = without(table(weights.config.sharding), *axes)
+
+    def copy(part: str) -> Any:
+        names, shapes = weights.pipeline.axes[part], weights.shapes[part]
+        places = params_shardings(names, shapes, weights.mesh, rules)
+        return _shaped(shapes, places, settings.dtype)
+
+    trained = copy(weights.trained)
+    return trained, copy("params") if weights.trained == "lora" else frozen
+
+
+def _shaped(shapes: Any, shardings: Any, dtype: Any = None) -> Any:
+    return jax.tree.map(
+        lambda a, s: jax.ShapeDtypeStruct(a.shape, dtype or a.dtype, sharding=s),
+        shapes,
+        shardings,
+    )
+
+
+def _split(mesh: Mesh, shape: tuple, dtype: Any, axis: int = 0) -> Any:
+    """An array split over the batch axes along `axis`."""
+    spec = P(*(None,) * axis, BATCH)
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, spec))
+
+
+def _chunk(config: Any, mesh: Mesh, pipeline: Any, kernel: Any) -> Minibatch:
+    """The shapes of one microbatch as the update gets it."""
+    size, latent = chunk_size(config, mesh), pipeline.latent_shape
+    steps = len(draw_trained_steps(config, kernel, 0, 1))
+    split = lambda shape, dtype=jnp.float32, axis=0: _split(mesh, shape, dtype, axis)  # noqa: E731
+    key = jax.eval_shape(lambda: jax.random.key(0)).dtype
+    keys = split((size,), key)
+    cond = Cond(
+        *(None if u is None else split((size, *u.shape[1:]), u.dtype)
+          for u in pipeline.uncond)
+    )  # fmt: skip
+    states, flat = split((steps, size, *latent), axis=1), split((steps, size), axis=1)
+    memory = None
+    if kernel.remember is not None:
+        memory = Memory(states, flat)
+    kept = Trajectory(
+        *(states, states, flat, split((steps, size, 2), axis=1)),
+        *(split((steps, size), jnp.int32, 1), memory),
+    )
+    pair = (split((size, *latent)), cond) if config.data_term.weight else (None, None)
+    if not config.policy.weight:
+        return Minibatch(keys, keys, cond, *pair, None, None, None)
+    weighted = config.policy.term in WEIGHTED
+    x0 = split((size, *latent)) if weighted else None
+    kept, old = (None, None) if weighted else (kept, flat)
+    return Minibatch(keys, keys, cond, *pair, kept, old, split((size,)), x0)
+
+
+def compile_phase(phase: Phase, mesh: Mesh) -> Compiled:
+    """Lowers and compiles one phase, and reads what it needs.
+
+    Args:
+      phase: its arguments say where they live.
+      mesh: of the run.
+    """
+    start = time.monotonic()
+    compiled = phase.function.lower(*phase.arguments).compile()
+    seconds = time.monotonic() - start
+    memory = compiled.memory_analysis()
+    return Compiled(
+        phase,
+        memory.argument_size_in_bytes,
+        memory.output_size_in_bytes - memory.alias_size_in_bytes,
+        memory.temp_size_in_bytes,
+        count(phase.function, *phase.arguments),
+        collectives(compiled.as_text(), dict(mesh.shape)),
+        seconds,
+    )
+
+
+def bytes_per_device(tree: Any) -> int:
+    """Bytes of a tree of shapes with shardings on the device that holds most."""
+    total = 0
+    for leaf in jax.tree.leaves(tree):
+        shard = leaf.sharding.shard_shape(leaf.shape)
+        total += math.prod(shard) * _itemsize(leaf.dtype)
+    return total
+
+
+def _itemsize(dtype: Any) -> int:
+    if jnp.issubdtype(dtype, jax.dtypes.prng_key):
+        return 8  # threefry: two words
+    return np.dtype(dtype).itemsize

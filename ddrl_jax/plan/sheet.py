@@ -1,0 +1,161 @@
+"""The plan as text: memory, work, traffic, time and cost, and where each is from."""
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+
+from ddrl_jax.chips import Chip
+from ddrl_jax.learner import TrainState
+from ddrl_jax.plan.lowered import Abstract, Compiled, bytes_per_device
+from ddrl_jax.plan.roofline import Bounds, bounds, sent
+from ddrl_jax.plan.search import MARGIN, Suggestion, fits
+
+GIB = 2.0**30
+HOUR = 3600.0
+
+
+def sheet(
+    plan: Abstract, compiled: list[Compiled], chip: Chip, efficiency: float
+) -> str:
+    """The whole plan.
+
+    Args:
+      plan: the run.
+      compiled: its phases, the update last.
+      chip: the run is planned for.
+      efficiency: share of the peak that products are taken to reach.
+    """
+    times = [_bounds(plan, found, chip, efficiency) for found in compiled]
+    lines = [*_head(plan, chip), "", *_memory(plan, compiled, chip)]
+    for found, bound in zip(compiled, times, strict=True):
+        lines += ["", *_phase(plan, found, bound, chip, efficiency)]
+    return "\n".join([*lines, "", *_cost(plan, compiled, times)])
+
+
+def _head(plan: Abstract, chip: Chip) -> Iterator[str]:
+    mesh, config = dict(plan.mesh.shape), plan.config
+    sizes = ", ".join(f"{axis} {size}" for axis, size in mesh.items())
+    network = sum(a.size for a in jax.tree.leaves(plan.weights.shapes["params"]))
+    trained = sum(a.size for a in jax.tree.leaves(plan.weights.abstract.params))
+    yield (
+        f"{config.name} on {math.prod(mesh.values())} x {chip.name}: mesh {sizes}; "
+        f"remat {config.model.remat}, {config.model.dtype}"
+    )
+    yield f"weights {network:,}, of which trained {trained:,}"
+
+
+def _memory(plan: Abstract, compiled: list[Compiled], chip: Chip) -> Iterator[str]:
+    state: TrainState = plan.weights.abstract
+    update = compiled[-1]
+    rows: dict[str, float] = {
+        "parameters": bytes_per_device(state.params),
+        "frozen base": bytes_per_device(plan.frozen),
+        "optimizer": bytes_per_device(state.opt_state),
+        "average of the weights": bytes_per_device(state.ema),
+        "trajectory of a minibatch": plan.chunks * bytes_per_device(plan.chunk),
+    }
+    yield "memory a device, GiB (shapes and shardings; temporaries: compiler for CPU)"
+    for name, size in rows.items():
+        yield f"  {name:28s} {size / GIB:9.3f}"
+    for found in compiled:
+        name = f"temporaries of the {found.phase.name}"
+        yield f"  {name:28s} {found.temporaries / GIB:9.3f}"
+    yield f"  {'peak of the update':28s} {update.peak / GIB:9.3f}"
+    peak = max(found.peak for found in compiled)
+    room = MARGIN * chip.hbm_bytes - peak
+    verdict = "fits, with" if fits(peak, chip.hbm_bytes) else "DOES NOT FIT, short of"
+    yield (
+        f"  {verdict} {abs(room) / GIB:.2f} GiB, of {chip.hbm_bytes / GIB:.1f} "
+        f"({1 - MARGIN:.0%} are left to the runtime)"
+    )
+    if plan.config.model.dtype == "bfloat16":
+        yield "  (the CPU compiler keeps float32 copies of bfloat16: more than needed)"
+
+
+def network_items(plan: Abstract, phase: str) -> int:
+    """Calls of the network in one call of a phase, recomputations left out."""
+    if phase == "rollout":
+        return plan.config.sampler.steps
+    kept = plan.chunk.old_log_prob
+    steps = 0 if kept is None else kept.shape[0]
+    steps += plan.chunk.x0 is not None
+    data = plan.config.data_term
+    steps += (max(steps, 1) if data.every_step else 1) if data.weight else 0
+    return steps * plan.chunks
+
+
+def _bounds(plan: Abstract, found: Compiled, chip: Chip, efficiency: float) -> Bounds:
+    dtype = plan.config.model.dtype
+    shapes = jax.tree.leaves(plan.weights.shapes["params"])
+    width = 2 if dtype == "bfloat16" else 4
+    return bounds(
+        found,
+        dict(plan.mesh.shape),
+        chip,
+        efficiency=efficiency,
+        dtype=dtype,
+        weights=width * sum(a.size for a in shapes),
+        items=network_items(plan, found.phase.name),
+    )
+
+
+def _phase(
+    plan: Abstract, found: Compiled, bound: Bounds, chip: Chip, efficiency: float
+) -> Iterator[str]:
+    devices = plan.mesh.size
+    flops = found.count.flops / devices
+    yield (
+        f"{found.phase.name}: {found.phase.calls} calls an epoch, compiled in "
+        f"{found.seconds:.0f} s; a device, a call:"
+    )
+    again = found.count.recomputed / max(found.count.flops, 1)
+    yield (
+        f"  FLOPs {flops:.3e} ({again:.0%} recomputed)      {bound.flops:10.2f} s at "
+        f"{efficiency:.0%} of {chip.flops / 1e12:.0f} TFLOP/s"
+    )
+    size = bound.memory * chip.hbm_bandwidth
+    yield (
+        f"  memory traffic {size / GIB:12.1f} GiB           {bound.memory:10.2f} s at "
+        f"{chip.hbm_bandwidth / 1e9:.0f} GB/s (attention weights as if written out)"
+    )
+    for axes, total in sorted(sent(found, plan.config.model.dtype).items()):
+        kinds: dict[str, int] = {}
+        for c in found.collectives:
+            if c.axes == axes:
+                kinds[c.kind] = kinds.get(c.kind, 0) + c.count
+        counts = ", ".join(f"{n} {kind}" for kind, n in sorted(kinds.items()))
+        yield (
+            f"  sent along {'+'.join(axes):22s} {total / GIB:9.3f} GiB "
+            f"{bound.links[axes]:9.2f} s  ({counts})"
+        )
+    yield f"  at least {bound.seconds:.2f} s, bound by {bound.term}"
+
+
+def _cost(plan: Abstract, compiled: list[Compiled], times: list[Bounds]):
+    config: Any = plan.config
+    pairs = zip(compiled, times, strict=True)
+    epoch = sum(found.phase.calls * bound.seconds for found, bound in pairs)
+    samples = config.prompts.per_epoch * config.prompts.group_size
+    total = config.train.epochs * epoch / HOUR
+    yield (
+        f"an epoch of {samples} samples: {epoch:.0f} s, {samples * HOUR / epoch:,.0f} "
+        "samples an hour (rewards, decoding and evaluation are not in it)"
+    )
+    yield (
+        f"the run of {config.train.epochs} epochs: {total:.1f} hours, "
+        f"{total * plan.mesh.size:,.0f} accelerator hours"
+    )
+
+
+def suggestion_line(found: Suggestion | None, memory: float) -> str:
+    """What the search found, as a line with the overrides that bring it."""
+    if found is None:
+        return "suggestion: no mesh of these devices was shown to fit"
+    sizes = " ".join(f"--config.mesh.{axis}={n}" for axis, n in found.mesh.items())
+    return (
+        f"suggestion: the smallest that fits is {math.prod(found.mesh.values())} "
+        f"devices, {sizes} --config.model.remat={found.remat}: {found.peak / GIB:.1f} "
+        f"of {memory / GIB:.1f} GiB ({found.compilations} updates compiled to show it)"
+    )

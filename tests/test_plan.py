@@ -1,0 +1,192 @@
+"""The plan against what is there: live arrays, hand counts, and bounds by hand."""
+
+import math
+
+import jax
+import pytest
+from tiny_runs import tiny_program
+
+from configs import video_14b
+from ddrl_jax import plan
+from ddrl_jax.chips import CHIPS
+from ddrl_jax.errors import UserError
+from ddrl_jax.flops import Count
+from ddrl_jax.plan.hlo import Collective
+from ddrl_jax.plan.lowered import (
+    Compiled,
+    Phase,
+    bytes_per_device,
+    compile_phase,
+    describe,
+)
+from ddrl_jax.plan.roofline import bandwidth, bounds, sent
+from ddrl_jax.plan.search import Scaling, fits, meshes, suggest
+
+ONE = {"data": 1, "fsdp": 1, "tensor": 1, "context": 1}
+FLAGS = {"devices": "8", "chip": "v5p"}
+
+
+def tiny(**mesh):
+    c = video_14b.get_config("smoke")
+    c.mesh.update(ONE | mesh)
+    c.prompts.update(per_epoch=4, group_size=4)
+    c.train.microbatch = 1
+    return c
+
+
+@pytest.fixture(scope="module")
+def planned():
+    run = describe(tiny(fsdp=4, context=2))
+    return run, [compile_phase(phase, run.mesh) for phase in run.phases]
+
+
+# ---- memory
+
+
+def live_bytes(tree) -> int:
+    device = jax.devices()[0]
+    shards = (s for a in jax.tree.leaves(tree) for s in a.addressable_shards)
+    return sum(s.data.nbytes for s in shards if s.device == device)
+
+
+@pytest.mark.parametrize("lora", [0, 2])
+def test_planned_bytes_are_those_of_live_arrays(lora):
+    """Shapes and shardings of the plan against the arrays of a built program."""
+    edits = {"mesh.data": 2, "mesh.fsdp": 4, "lora.rank": lora, "train.microbatch": 1}
+    program = tiny_program(edits | {"prompts.per_epoch": 4})
+    run = describe(program.config)
+    state = program.new_state()
+    assert bytes_per_device(run.weights.abstract) == live_bytes(state)
+    assert bytes_per_device(run.frozen) == live_bytes(program.frozen)
+    assert live_bytes(state) < sum(a.nbytes for a in jax.tree.leaves(state))
+
+
+def test_the_compiler_sees_the_same_arguments(planned):
+    """It packs them and rounds each up, by less than 128 bytes."""
+    for found in planned[1]:
+        shapes = bytes_per_device(found.phase.arguments)
+        leaves = len(jax.tree.leaves(found.phase.arguments))
+        # A key travels as two words; unused arguments are dropped.
+        assert shapes - 64 * leaves <= found.arguments <= shapes + 128 * leaves
+
+
+def test_weights_of_another_mesh(planned):
+    run, compiled = planned
+    scaling = Scaling(run, compiled[-1])
+    for mesh in ({"data": 8}, {"fsdp": 8}, {"tensor": 2, "context": 2, "fsdp": 2}):
+        other = describe(tiny(**mesh))
+        found = scaling.weights(ONE | mesh)
+        assert found == bytes_per_device(other.weights.abstract.params)
+
+
+# ---- work
+
+
+def test_flops_of_the_rollout_by_hand(planned):
+    """4 steps of 4 samples: blocks, prompt, patches, output and time."""
+    run, (found, _) = planned
+    d, tokens, words, mlp, text = 32, 2 * 4 * 4, 4, 64, 16
+    products = 6 * tokens * d * d + 2 * words * d * d  # q k v out, prompt_q, prompt_out
+    attention = 2 * tokens * tokens * d + 2 * tokens * words * d
+    block = products + attention + 2 * tokens * d * mlp
+    ends = 2 * tokens * 16 * d + words * (text * d + d * d)
+    time = 256 * d + d * d + 6 * d * d + 2 * d * d
+    square = 2 * 8 * 8 * 4  # of a log-prob is a product too
+    samples = run.config.sampler.steps * 4
+    assert found.count.flops == samples * 2 * (2 * block + ends + time + square)
+
+
+def test_an_update_is_four_and_more_rollout_calls(planned):
+    """Two trained steps, forward once, again for the ratio, again for the blocks, and
+    twice a forward's work for the gradients: 5 forward passes or a little less."""
+    _, (rollout, update) = planned
+    forward = rollout.count.flops / (4 * 4)
+    passes = update.count.flops / (2 * 16 * forward)
+    assert 4.8 < passes <= 5.0
+
+
+# ---- time
+
+
+def made(name="update", arguments=0, flops=0, dot_bytes=0, collectives=()):
+    phase = Phase(name, None, (), 1)
+    count = Count(flops, 0, dot_bytes, 0)
+    return Compiled(phase, arguments, 0, 0, count, list(collectives), 0.0)
+
+
+def test_bounds_by_hand():
+    chip, mesh = CHIPS["v5p"], ONE | {"fsdp": 4}
+    gather = Collective("all-gather", ("fsdp",), 2, 3e9, True, "")
+    found = made(arguments=10, flops=8e15, dot_bytes=4e12, collectives=[gather])
+    options = {"efficiency": 0.5, "dtype": "float32", "weights": 1000, "items": 3}
+    b = bounds(found, mesh, chip, **options)
+    assert b.flops == pytest.approx(2e15 / (459e12 / 2))
+    assert b.memory == pytest.approx((1e12 + 4 * 3 * 1000 + 20) / 2765e9)
+    assert b.links == {("fsdp",): pytest.approx(3e9 / 200e9)}  # 2 of 6 links
+    assert b.term == "compute" and b.seconds == b.flops
+    slow = bounds(found._replace(count=Count()), mesh, chip, **options)
+    assert slow.term == "fsdp" and slow.seconds == pytest.approx(0.015)
+
+
+def test_what_a_cpu_widened_is_halved():
+    loop = Collective("all-gather", ("fsdp",), 40, 8e9, True, "")
+    once = Collective("all-reduce", ("fsdp",), 1, 1e9, True, "")
+    found = made(collectives=[loop, once])
+    assert sent(found, "bfloat16") == {("fsdp",): 5e9}
+    assert sent(found, "float32") == {("fsdp",): 9e9}
+
+
+def test_groups_beyond_a_host_of_gpus_use_its_network():
+    chip, mesh = CHIPS["H100"], {"data": 2, "fsdp": 4, "tensor": 2, "context": 1}
+    assert bandwidth(("fsdp",), mesh, chip) == chip.ici_bandwidth
+    assert bandwidth(("data",), mesh, chip) == chip.dcn_bandwidth / 8
+
+
+# ---- the search
+
+
+def test_meshes_are_all_factorisations():
+    found = list(meshes(12))
+    # 2^2: ten ways over four axes, 3: four ways
+    assert len(found) == 40 and len({tuple(m.values()) for m in found}) == 40
+    assert all(math.prod(m.values()) == 12 for m in found)
+
+
+def test_the_suggestion_is_compiled_and_small(planned):
+    run, compiled = planned
+    peak = float(compiled[-1].peak)
+    found = suggest(run, compiled[-1], 8, 4 * peak)
+    assert found is not None and fits(found.peak, 4 * peak)
+    assert math.prod(found.mesh.values()) < 8 and found.compilations >= 1
+    assert suggest(run, compiled[-1], 8, peak / 1000) is None
+
+
+# ---- the mode
+
+
+def test_the_whole_mode(capsys):
+    c = tiny(fsdp=4)
+    c.mesh.data = -1
+    plan.plan_mode(c.lock(), FLAGS)
+    text = capsys.readouterr().out
+    words = ("8 x v5p: mesh data 2, fsdp 4", "parameters", "optimizer", "trajectory")
+    words += ("temporaries of the update", "fits, with", "FLOPs", "sent along fsdp")
+    words += ("bound by", "samples an hour", "accelerator hours", "suggestion: ")
+    assert all(word in text for word in words), text
+
+
+@pytest.mark.parametrize(
+    ("flags", "word"),
+    [
+        ({"chip": "v5p"}, "plan.devices is missing"),
+        ({"devices": "8"}, "plan.chip is missing"),
+        (FLAGS | {"devices": "0"}, "plan.devices"),
+        (FLAGS | {"devices": "x"}, "plan.devices"),
+        (FLAGS | {"chip": "v99"}, "no such chip"),
+        (FLAGS | {"efficiency": "1.5"}, "plan.efficiency"),
+        (FLAGS | {"suggest": "perhaps"}, "plan.suggest"),
+    ],
+)
+def test_wrong_flags(flags, word):
+    with pytest.raises(UserError, match=word):
+        plan.plan_mode(tiny(), flags)

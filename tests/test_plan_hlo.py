@@ -1,0 +1,65 @@
+"""Collectives read from HLO, by hand: bytes, loops, and the axes of their groups."""
+
+import pytest
+
+from ddrl_jax.plan.hlo import collectives
+
+MESH = {"data": 2, "fsdp": 4, "tensor": 1, "context": 1}
+PROGRAM = """HloModule jit_update
+%add (a: f32[], b: f32[]) -> f32[] {
+  ROOT %sum = f32[] add(%a, %b)
+}
+%inner (p: f32[8]) -> f32[8] {
+  %g = bf16[16,4]{1,0} all-gather(%x), GROUPS, dimensions={0}
+  %r = f32[2]{0} reduce-scatter(%y), replica_groups={{0,4},{1,5},{2,6},{3,7}}, \
+to_apply=%add
+}
+%outer (p: f32[8]) -> f32[8] {
+  %w = f32[8] while(%p), condition=%c, body=%inner, backend_config={\
+"known_trip_count":{"n":"5"}}
+  %t = (f32[3]{0}, f32[3]{0}) all-to-all(%a, %b), replica_groups=[4,2]<=[2,4]T(1,0)
+}
+ENTRY %main (p: f32[8]) -> f32[8] {
+  %v = f32[8] while(%p), condition=%c, body=%outer, backend_config={\
+"known_trip_count":{"n":"3"}}
+  %s = f32[10]{0} all-reduce(%q), replica_groups={}, to_apply=%add, \
+metadata={op_name="jit(update)/sum"}
+  %c = f32[7]{0} collective-permute(%z), source_target_pairs={{0,1},{1,2},{2,3},{3,0}}
+}
+"""
+FSDP = (
+    "replica_groups={{0,1,2,3},{4,5,6,7}}",
+    "replica_groups=[2,4]<=[8]",
+    "replica_groups=mesh['axis_0'=2,'axis_1'=4] {'axis_1'}",
+    "replica_groups=mesh['axis_0'=4,'axis_1'=2], device_ids=([2,4]T(1,0)) {'axis_0'}",
+    "replica_groups=mesh['axis_0'=8] {'axis_0':(2)4}",
+)
+
+
+@pytest.mark.parametrize("groups", FSDP)
+def test_bytes_counts_and_axes_by_hand(groups):
+    found = {c.kind: c for c in collectives(PROGRAM.replace("GROUPS", groups), MESH)}
+    gather = found["all-gather"]
+    assert gather.axes == ("fsdp",) and gather.count == 15 and not gather.wide
+    assert gather.bytes == 15 * 3 / 4 * 16 * 4 * 2
+    scatter = found["reduce-scatter"]
+    assert scatter.axes == ("data",) and scatter.bytes == 15 * 1 * 2 * 4
+    exchange = found["all-to-all"]
+    assert exchange.axes == ("data",) and exchange.bytes == 3 / 2 * 2 * 3 * 4
+    total = found["all-reduce"]
+    assert total.axes == ("data", "fsdp") and total.count == 1 and total.wide
+    assert total.bytes == 2 * 7 / 8 * 10 * 4 and total.source == "jit(update)/sum"
+    permute = found["collective-permute"]
+    assert permute.axes == ("fsdp",) and permute.bytes == 7 * 4
+
+
+def test_a_loop_of_unknown_length_is_an_error():
+    text = PROGRAM.replace("GROUPS", FSDP[0]).replace('"known_trip_count"', '"other"')
+    with pytest.raises(ValueError, match="unknown length"):
+        collectives(text, MESH)
+
+
+def test_groups_across_two_axes():
+    line = "%a = f32[4]{0} all-reduce(%x), replica_groups=[1,8]<=[8], to_apply=%f"
+    (found,) = collectives(f"ENTRY %main (p: f32[8]) -> f32[8] {{\n  {line}\n}}", MESH)
+    assert found.axes == ("data", "fsdp")
