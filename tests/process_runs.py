@@ -22,7 +22,7 @@ FLAGS = (
     "--config.log.tensorboard=False",
 )
 MAIN = "from ddrl_jax.main import main; main()"
-CLOCKS = ("time/", "samples_per_second")
+CLOCKS = ("time/", "perf/", "samples_per_second")
 
 
 def free_port() -> int:
