@@ -145,7 +145,7 @@ class DiT(nn.Module):
         x = Dense(self.width, ("mlp", "embed"), name="embed", **embed)(x)
         x = x + self._table("position", x.shape[1])
         pixels = x.shape[1]
-        x, mask = self._divide(jnp.concatenate([x, words], axis=1))
+        x, mask = self._divide(x, words)
         x = self._blocks(x, c, mask)[:, :pixels]
         shift, scale = jnp.split(self._head(2 * self.width, "final", c)[:, None], 2, -1)
         x = rms_norm(x) * (1 + scale) + shift
@@ -177,10 +177,19 @@ class DiT(nn.Module):
         )
         return words.astype(self.dtype), jax.nn.silu(c)
 
-    def _divide(self, x: Array) -> tuple[Array, Array | None]:
-        """The tokens padded to equal shares of the context axis, and what is none."""
+    def _divide(self, x: Array, words: Array) -> tuple[Array, Array | None]:
+        """All tokens, in equal shares of the context axis, and a mask of what is none.
+
+        The last ones are padding where the axis does not divide their number.
+        """
+        if self.mesh is None or not divided(self.mesh):
+            return jnp.concatenate([x, words], axis=1), None
+        # Left open, the layout of the words made XLA (jax 0.10.2) join wrong rows on
+        # a mesh with data, tensor and context.
+        words = constrain(words, ("batch", None, None), self.mesh)
+        x = jnp.concatenate([x, words], axis=1)
         b, length = x.shape[:2]
-        padding = -length % self.mesh.shape["context"] if self.mesh is not None else 0
+        padding = -length % self.mesh.shape["context"]
         if not padding:
             return place(x, self.mesh), None
         x = jnp.pad(x, ((0, 0), (0, padding), (0, 0)))

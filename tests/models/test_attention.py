@@ -1,10 +1,16 @@
 """Attention against the formula in float64."""
 
+import re
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ddrl_jax.models.attention import attention
+from configs.base import get_config
+from ddrl_jax.errors import UserError
+from ddrl_jax.models.attention import Call, attention, choose, describe, refusal
+from ddrl_jax.models.emoji import emoji_pipeline
+from ddrl_jax.sharding import AXES, make_mesh
 
 RNG = np.random.default_rng(3)
 Q, K, V = RNG.normal(size=(2, 5, 3, 4)), *RNG.normal(size=(2, 2, 6, 3, 4))
@@ -49,3 +55,133 @@ def test_half_precision_keeps_its_weights_in_float32():
 def test_unknown_implementation():
     with pytest.raises(KeyError, match="none"):
         run(impl="none")
+
+
+# ---- the choice
+
+CPU = Call(
+    backend="cpu",
+    capability=None,
+    dtype="float32",
+    queries=70,
+    keys=70,
+    heads=6,
+    dim=32,
+    masked=False,
+    context=1,
+)
+HOPPER = {"backend": "gpu", "capability": (9, 0), "dtype": "bfloat16"}
+TPU = {"backend": "tpu", "dtype": "bfloat16"}
+VIDEO = {"queries": 32_760, "keys": 32_760, "heads": 40, "dim": 128}
+SD = {"queries": 4096, "keys": 4096, "heads": 8, "dim": 40}
+PROMPT = {"keys": 77}
+
+
+@pytest.mark.parametrize(
+    ("facts", "expected"),
+    [
+        ({}, "xla"),
+        (SD, "chunked"),  # 16.8 million weights a head
+        (SD | PROMPT, "xla"),
+        (VIDEO, "chunked"),
+        # cuDNN: half precision, channels, generations
+        (HOPPER, "cudnn"),
+        (HOPPER | SD, "cudnn"),
+        (HOPPER | SD | PROMPT, "cudnn"),
+        (HOPPER | SD | {"dtype": "float16"}, "cudnn"),
+        (HOPPER | SD | {"dtype": "float32"}, "chunked"),
+        (HOPPER | {"dim": 36}, "xla"),
+        (HOPPER | {"dim": 160}, "cudnn"),
+        (HOPPER | {"dim": 264}, "xla"),
+        (HOPPER | {"dim": 160, "capability": (8, 0)}, "xla"),
+        (HOPPER | {"dim": 128, "capability": (8, 0)}, "cudnn"),
+        (HOPPER | {"capability": (7, 5)}, "xla"),
+        (HOPPER | {"capability": None}, "xla"),  # another maker's
+        (HOPPER | {"masked": True}, "xla"),
+        # splash: long on both sides
+        (TPU, "xla"),
+        (TPU | VIDEO, "splash"),
+        (TPU | VIDEO | {"masked": True, "dtype": "float32"}, "splash"),
+        (TPU | SD | PROMPT, "xla"),
+        (TPU | {"queries": 1024, "keys": 1024}, "splash"),
+        (TPU | {"queries": 1023, "keys": 1024}, "xla"),
+        # tokens over several devices
+        ({"queries": 72, "keys": 72, "context": 2}, "ulysses"),
+        ({"queries": 72, "keys": 72, "context": 4}, "ring"),  # of 6 heads
+        ({"context": 4}, "xla"),  # 70 tokens
+        (HOPPER | VIDEO | {"context": 8}, "ulysses"),
+        (HOPPER | VIDEO | {"context": 8, "heads": 20}, "ring"),
+        (TPU | VIDEO | {"context": 4, "heads": 10}, "ring"),
+        (TPU | VIDEO | {"context": 4, "keys": 512}, "xla"),
+        (HOPPER | VIDEO | {"context": 4, "keys": 512}, "cudnn"),
+        (VIDEO | {"context": 8, "keys": 512}, "xla"),  # 4,095 queries a device
+        (VIDEO | {"keys": 512}, "chunked"),
+    ],
+)
+def test_choices_by_hand(facts, expected):
+    call = CPU._replace(**facts)
+    assert choose(call) == expected
+    assert refusal(expected, call) is None
+
+
+@pytest.mark.parametrize(
+    ("name", "facts", "got", "wanted"),
+    [
+        ("cudnn", {}, "cpu", "NVIDIA"),
+        ("cudnn", HOPPER | {"capability": (7, 5)}, r"\(7, 5\)", "Ampere"),
+        ("cudnn", HOPPER | {"dtype": "float32"}, "float32", "bfloat16"),
+        ("cudnn", HOPPER | {"dim": 36}, "36 channels", "multiple of 8 up to 256"),
+        ("cudnn", HOPPER | {"masked": True}, "padding", "no padding"),
+        ("splash", HOPPER, "gpu", "a TPU"),
+        ("ulysses", {}, "mesh.context 1", "divides the sequence"),
+        ("ring", TPU, "mesh.context 1", "divides the sequence"),
+        ("ulysses", {"context": 4}, "6 heads.* 4", "heads that mesh.context divides"),
+    ],
+)
+def test_refusals_say_why(name, facts, got, wanted):
+    reason = refusal(name, CPU._replace(**facts))
+    assert reason and re.search(got, reason[0]) and re.search(wanted, reason[1])
+
+
+@pytest.mark.parametrize("name", ["xla", "chunked"])
+def test_two_run_everywhere(name):
+    for facts in ({}, HOPPER, TPU, VIDEO | {"context": 8}):
+        assert refusal(name, CPU._replace(**facts)) is None
+
+
+def mesh_of(*shape):
+    return make_mesh(dict(zip(AXES, shape, strict=True)))
+
+
+@pytest.mark.parametrize(
+    ("shape", "heads", "context"),
+    [((1, 1, 1, 8), 6, 8), ((2, 1, 2, 2), 3, 2), ((1, 1, 4, 1), 6, 1)],
+)
+def test_what_is_known_of_a_call(shape, heads, context):
+    """6 heads over 2 tensor shards are 3; 4 shards do not divide them."""
+    q, k = jnp.zeros((2, 70, 6, 32)), jnp.zeros((2, 77, 6, 32))
+    found = describe(q, k, None, mesh_of(*shape))
+    assert found == CPU._replace(heads=heads, context=context, keys=77)
+    assert describe(q, q, None, None) == CPU
+
+
+# ---- what was asked for by name and can not be is refused at the start
+
+
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [
+        ("cudnn", (1, 1, 1, 1)),
+        ("splash", (8, 1, 1, 1)),
+        ("ring", (8, 1, 1, 1)),
+        ("ulysses", (1, 1, 1, 4)),  # six heads
+        ("ulysses", (1, 1, 2, 2)),  # three a tensor shard
+    ],
+)
+def test_a_pipeline_refuses(name, shape):
+    config = get_config()
+    config.model.update(attention=name, init="random", width=24)
+    with pytest.raises(UserError, match=f'the attention "{name}" can not run here'):
+        emoji_pipeline(config, mesh_of(*shape))
+    config.model.attention = "auto"
+    emoji_pipeline(config, mesh_of(*shape))

@@ -1,6 +1,7 @@
 """Attention over tokens on several devices is the attention of one device."""
 
 import re
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +12,7 @@ from jax.sharding import PartitionSpec as P
 
 from ddrl_jax.models import attention_kernels
 from ddrl_jax.models.attention import attention
+from ddrl_jax.models.context_parallel import on_shards, ulysses
 from ddrl_jax.sharding import make_mesh
 
 AXES = ("data", "fsdp", "tensor", "context")
@@ -168,3 +170,56 @@ def test_ulysses_holds_all_tokens_of_some_heads():
     weights = f"{LENGTH},{LENGTH}]"
     found = set(re.findall(rf"f32\[([\d,]*){weights}", text))
     assert found and found <= {"", "1,", "1,1,"}  # of one head
+
+
+# ---- kernels of accelerators inside
+
+
+@pytest.mark.slow
+def test_splash_on_every_device_of_a_mesh():
+    """Interpreted: what JAX can not see into has the right values and slopes too."""
+    kernel = partial(attention_kernels.splash, interpret=True)
+    bodies = {True: partial(ulysses, local=kernel), False: kernel}
+    *qkv, w = draw(length=64, heads=4)
+    expected = value_and_slopes("xla", None, (*qkv, w), None)
+    for split_keys, body in bodies.items():
+
+        def total(q, k, v, body=body, split_keys=split_keys):
+            mesh, options = mesh_of(2, 1, 2, 2), {"checked": False}
+            out = on_shards(body, q, k, v, None, mesh, split_keys=split_keys, **options)
+            return jnp.sum(out * w), out
+
+        found = jax.jit(jax.grad(total, (0, 1, 2), has_aux=True))(*qkv)
+        assert_equal(found, expected, 5e-6)
+
+
+@pytest.mark.parametrize(
+    ("name", "platform", "call"),
+    [
+        ("splash", "tpu", "tpu_custom_call"),
+        ("cudnn", "cuda", "__cudnn$fmhaSoftmaxBackward"),
+    ],
+)
+@pytest.mark.parametrize("split_keys", [True, False])
+def test_kernels_get_shards(name, platform, call, split_keys, monkeypatch):
+    """8 heads over tensor 2 and context 2 are two each, of all 256 tokens; where the
+    keys are gathered, four each, and 128 queries."""
+    library = pytest.importorskip("jax._src.cudnn.fused_attention_stablehlo")
+    monkeypatch.setattr(library, "check_cudnn_version", lambda: 91000)
+    monkeypatch.setattr(library, "check_compute_capability", lambda _: True)
+    monkeypatch.setattr(library, "is_cuda_compute_capability_equal", lambda _: False)
+    kernel = attention_kernels.KERNELS[name]
+    body = partial(ulysses, local=kernel) if split_keys else kernel
+    *qkv, w = draw(length=256, dim=64, dtype="bfloat16")
+
+    def total(q, k, v):
+        mesh = mesh_of(2, 1, 2, 2)
+        options = {"split_keys": split_keys, "checked": False}
+        return jnp.sum(on_shards(body, q, k, v, None, mesh, **options) * w)
+
+    traced = jax.jit(jax.grad(total, (0, 1, 2))).trace(*qkv)
+    text = traced.lower(lowering_platforms=(platform,)).as_text()
+    calls = [line for line in text.splitlines() if call in line]
+    heads, queries = (2, 256) if split_keys else (4, 128)
+    shard = {"splash": f"{heads}x{queries}x64x", "cudnn": f"1x{queries}x{heads}x64x"}
+    assert calls and all(f"tensor<{shard[name]}bf16>" in line for line in calls)

@@ -5,12 +5,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec as P
 from tiny_runs import perturbed
 
 from configs.base import get_config
 from ddrl_jax.models.dit import DiT, overlap_add, overlapping_patches
 from ddrl_jax.models.emoji import LENGTH, read_vocabulary
-from ddrl_jax.sharding import make_mesh, place_batch, put, replicated
+from ddrl_jax.sharding import make_mesh, params_shardings, place_batch
 
 RNG = np.random.default_rng(5)
 SIZES = {"vocabulary": 12, "length": 3, "width": 16, "depth": 2, "heads": 2, "patch": 4}
@@ -167,25 +168,35 @@ def slopes_of(**changes):
 
 @pytest.fixture(scope="module")
 def four_heads():
-    trees = jax.jit(make(heads=4).init)(jax.random.key(0), *BATCH)
-    return perturbed(nn.meta.unbox(trees)["params"])
+    """(parameters, their logical axes)"""
+    trees = jax.jit(make(heads=4).init)(jax.random.key(0), *BATCH)["params"]
+    specs = nn.get_partition_spec(trees)
+    axes = jax.tree.map(tuple, specs, is_leaf=lambda s: isinstance(s, P))
+    return perturbed(nn.meta.unbox(trees)), axes
 
 
 # 16 patches and 3 words are padded to 20 or 24 tokens
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("shape", "impl", "collective"),
     [
         ((1, 1, 1, 4), "auto", "all-to-all"),
         ((1, 1, 1, 8), "auto", "collective-permute"),  # more shards than heads
         ((2, 1, 2, 2), "auto", "all-to-all"),
+        pytest.param(
+            (1, 1, 4, 2), "auto", "collective-permute", marks=pytest.mark.slow
+        ),
+        ((1, 2, 2, 2), "auto", "all-to-all"),
         ((1, 2, 1, 4), "ring", "collective-permute"),
         ((2, 1, 1, 2), "xla", "all-gather"),
     ],
 )
 def test_tokens_over_the_context_axis(shape, impl, collective, four_heads):
     mesh = mesh_of(*shape)
-    value, slopes = slopes_of(heads=4)(four_heads, *BATCH)
-    inputs = (put(four_heads, replicated(mesh)), *place_batch(mesh, BATCH))
+    params, axes = four_heads
+    value, slopes = slopes_of(heads=4)(params, *BATCH)
+    placed = jax.device_put(params, params_shardings(axes, params, mesh))
+    inputs = (placed, *place_batch(mesh, BATCH))
     program = slopes_of(heads=4, mesh=mesh, impl=impl, remat="full").lower(*inputs)
     program = program.compile()
     found, others = program(*inputs)
