@@ -6,6 +6,8 @@ its signals are handled by ddrl_jax.preemption, and Orbax needs no service for o
 """
 
 import hashlib
+import itertools
+import math
 import os
 import socket
 import sys
@@ -15,8 +17,11 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from ddrl_jax.errors import UserError
 from ddrl_jax.interfaces import Scores
@@ -104,7 +109,10 @@ def joined(where: Place | None) -> Iterator[None]:
         return
     from jax._src.distributed import global_state  # Orbax and Flax read it too
 
-    watch = Watch(global_state.client, str(global_state.coordinator_address))
+    try:
+        watch = Watch(global_state.client, str(global_state.coordinator_address))
+    except OSError as error:
+        raise _not_together(where, error) from error
     try:
         yield
     except BaseException as error:
@@ -175,6 +183,23 @@ def every(values: np.ndarray) -> np.ndarray:
         return values[None]
     raw = multihost_utils.process_allgather(values.reshape(-1).view(np.uint8))
     return np.asarray(raw).view(values.dtype).reshape(-1, *values.shape)
+
+
+def meet(mesh: Mesh) -> None:
+    """Connects the devices of every group that the mesh can form, before any compiling.
+
+    gloo waits 30 s for the other side when a group first talks, and compiling can set
+    the processes further apart than that. NCCL and TPUs wait longer.
+    """
+    if jax.process_count() == 1 or jax.default_backend() != "cpu":
+        return
+    axes = [axis for axis, size in mesh.shape.items() if size > 1]
+    sizes = range(1, len(axes) + 1)
+    for group in itertools.chain(*(itertools.combinations(axes, n) for n in sizes)):
+        sharding = NamedSharding(mesh, P(group))
+        ones = np.ones(math.prod(mesh.shape[axis] for axis in group), np.float32)
+        x = jax.make_array_from_callback(ones.shape, sharding, ones.__getitem__)
+        jax.block_until_ready(jax.jit(jnp.sum)(x))
 
 
 def main_first(work: Callable[[], T]) -> T:

@@ -13,7 +13,7 @@ from jax.tree_util import Partial
 
 from ddrl_jax.data.prompts import prompt_list, records_by_prompt, require_records
 from ddrl_jax.diffusion.kernels import make_kernel
-from ddrl_jax.distributed import main_first
+from ddrl_jax.distributed import main_first, meet
 from ddrl_jax.interfaces import (
     Cond,
     DataSource,
@@ -101,6 +101,7 @@ def build(config) -> Program:
       config: the whole configuration.
     """
     mesh = make_mesh(config.mesh)
+    meet(mesh)
     pipeline = PIPELINES[config.model.name](config, mesh)
     kernel = make_kernel(config.sampler, pipeline.prediction)
     source = main_first(lambda: make_source(config, pipeline))
