@@ -105,7 +105,7 @@ def describe(config: Any) -> Abstract:
     source = None
     if config.data_term.weight:  # as from a cache of latents: they come with the chunk
         source = DataSource(("",), lambda records, keys: records)
-    objective = make_objective(config, pipeline, kernel, source)
+    objective = make_objective(config, pipeline, kernel, source, mesh)
     tx = make_optimizer(config.optimizer, total_updates(config))
     weights = describe_weights(config, pipeline, tx, mesh)
     lora = bool(config.lora.rank)
