@@ -72,11 +72,11 @@ class Evaluation:
         root = jax.random.fold_in(
             jax.random.key(self.program.config.seed), NOISE_STREAM
         )
-        weights = (params, self.program.frozen)
+        frozen = self.program.frozen
         if self.program.config.evaluate.solver == "rollout":
-            weights = self.program.sampling(params)
+            params, frozen = self.program.sampling(params)
         parts = chunks_of(self.program, root, self.index)
-        chunks = [self._sample(*weights, *part) for part in parts]
+        chunks = [self._sample(params, frozen, *part) for part in parts]
         return np.concatenate(to_host(chunks))[: self.count]
 
     def judged(self, images: np.ndarray) -> dict[str, float]:

@@ -89,7 +89,7 @@ def splash(
             jnp.zeros((b, lengths[0]), jnp.int32), 1 - seen.astype(jnp.int32)
         )
         mixed = jax.vmap(kernel)(q, k, v, segments)
-    return mixed[:, :, :queries].swapaxes(1, 2)
+    return jnp.asarray(mixed)[:, :, :queries].swapaxes(1, 2)
 
 
 def _heads_first(x: Array) -> Array:

@@ -17,7 +17,7 @@ from jax.sharding import PartitionSpec as P
 from ddrl_jax.diffusion.kernels import make_kernel
 from ddrl_jax.draws import draw_trained_steps
 from ddrl_jax.flops import Count, count
-from ddrl_jax.interfaces import Cond, DataSource, Memory, Trajectory
+from ddrl_jax.interfaces import DataSource, Memory, Trajectory
 from ddrl_jax.learner import Minibatch, TrainState
 from ddrl_jax.optim import make_optimizer
 from ddrl_jax.plan.hlo import Collective, collectives
@@ -176,10 +176,8 @@ def _chunk(config: Any, mesh: Mesh, pipeline: Any, kernel: Any) -> Minibatch:
     split = lambda shape, dtype=jnp.float32, axis=0: _split(mesh, shape, dtype, axis)  # noqa: E731
     key = jax.eval_shape(lambda: jax.random.key(0)).dtype
     keys = split((size,), key)
-    cond = Cond(
-        *(None if u is None else split((size, *u.shape[1:]), u.dtype)
-          for u in pipeline.uncond)
-    )  # fmt: skip
+    like = lambda u: split((size, *u.shape[1:]), u.dtype)  # noqa: E731
+    cond = jax.tree.map(like, pipeline.uncond)
     states, flat = split((steps, size, *latent), axis=1), split((steps, size), axis=1)
     memory = None
     if kernel.remember is not None:
