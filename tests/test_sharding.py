@@ -127,7 +127,10 @@ MESHES = {
     "fsdp": {"mesh.fsdp": 8},
     "tensor": {"mesh.tensor": 2},
     "data, tensor": {"mesh.data": 4, "mesh.tensor": 2},
+    "context": {"mesh.context": 2},
     "data, fsdp, tensor": {"mesh.data": 2, "mesh.fsdp": 2, "mesh.tensor": 2},
+    "data, tensor, context": {"mesh.data": 2, "mesh.tensor": 2, "mesh.context": 2},
+    "fsdp, tensor, context": {"mesh.fsdp": 2, "mesh.tensor": 2, "mesh.context": 2},
 }
 
 
