@@ -71,7 +71,7 @@ def perturbed(tree: Any, scale: float = 0.05, seed: int = 3) -> Any:
     random = np.random.default_rng(seed)
     moved = [
         jax.device_put(
-            np.asarray(a) + scale * random.normal(size=a.shape).astype(a.dtype),
+            (np.asarray(a) + scale * random.normal(size=a.shape)).astype(a.dtype),
             a.sharding,
         )
         for a in leaves
