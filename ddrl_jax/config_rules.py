@@ -11,7 +11,6 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from ddrl_jax.errors import UserError
-from ddrl_jax.models.remat import POLICIES
 
 Bound = float | int | None
 
@@ -135,7 +134,7 @@ RULES: dict[str, Rule] = {
     "model.image_size": integer(0),
     "model.dtype": choice("float32", "bfloat16"),
     "model.attention": text(empty=False),
-    "model.remat": choice(*POLICIES),
+    "model.remat": choice("none", "full", "dots", "named", "offload"),
     "model.video.frames": integer(1),
     "model.video.height": integer(1),
     "model.video.width": integer(1),

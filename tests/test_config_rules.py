@@ -7,6 +7,7 @@ from ml_collections import ConfigDict
 from configs import base
 from ddrl_jax.check_config import check_config
 from ddrl_jax.config_rules import RULES, flatten, near
+from ddrl_jax.models import remat
 from ddrl_jax.errors import UserError
 from ddrl_jax.objectives import advantages, data, policy
 
@@ -133,3 +134,4 @@ def test_the_names_are_those_of_the_code():
     assert RULES["advantages.std"].names == advantages.STD_KINDS
     assert RULES["policy.transform"].names == policy.TRANSFORMS
     assert RULES["data_term.weighting"].names == data.WEIGHTINGS
+    assert RULES["model.remat"].names == remat.POLICIES
