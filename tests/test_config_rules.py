@@ -7,8 +7,8 @@ from ml_collections import ConfigDict
 from configs import base
 from ddrl_jax.check_config import check_config
 from ddrl_jax.config_rules import RULES, flatten, near
-from ddrl_jax.models import remat
 from ddrl_jax.errors import UserError
+from ddrl_jax.models import remat
 from ddrl_jax.objectives import advantages, data, policy
 
 
