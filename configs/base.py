@@ -246,7 +246,7 @@ def get_config() -> ConfigDict:
     c.rollout = ConfigDict()
     c.rollout.layout = "train"  # of the weights while sampling: "train" | "replicated"
     # | "tensor" (split over tensor only): one copy an epoch, for meshes with fsdp
-    c.rollout.dtype = "float32"  # of that copy: "float32" | "bfloat16"
+    c.rollout.dtype = "float32"  # of that copy, at most: "float32" | "bfloat16"
 
     c.log = ConfigDict()
     c.log.tensorboard = True

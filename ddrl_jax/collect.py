@@ -88,7 +88,7 @@ def _sample(program, state, epoch, prompts, chunks, pool, stop):
     config, size = program.config, program.chunk
     trained = draw_trained_steps(config, program.kernel, epoch, len(prompts.index))
     filled, handles, held = [], [], []
-    weights = program.sampling(state.params)
+    weights = program.sampling(state.params, program.frozen)
     for number, chunk in enumerate(chunks):
         if stop.agree():
             return None

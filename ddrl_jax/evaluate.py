@@ -74,7 +74,7 @@ class Evaluation:
         )
         frozen = self.program.frozen
         if self.program.config.evaluate.solver == "rollout":
-            params, frozen = self.program.sampling(params)
+            params, frozen = self.program.sampling(params, frozen)
         parts = chunks_of(self.program, root, self.index)
         chunks = [self._sample(params, frozen, *part) for part in parts]
         return np.concatenate(to_host(chunks))[: self.count]

@@ -86,7 +86,7 @@ class Program(NamedTuple):
     prepare: Callable  # (epoch, pass, samples, prompts, data, captions) -> Minibatch
     decode: Callable  # x0 -> uint8 images
     rollout: Callable  # (params, frozen, keys, cond, trained) -> Rollout
-    sampling: Callable  # params -> (params, frozen) as config.rollout lays them out
+    sampling: Callable  # (params, frozen) -> the same as config.rollout lays them out
     recompute: Callable
     advantages: Callable  # (values, valid, group, index, tracker) -> (adv, tracker)
     select: Callable  # of sparse RWR: (weights, x0) -> (samples, weights, x0)
@@ -139,7 +139,7 @@ def build(config) -> Program:
         prepare=_make_prepare(config, mesh, cond_table, own, trained_on),
         decode=decode,
         rollout=_make_rollout(config, mesh, objective, decode),
-        sampling=weights.sampling(frozen),
+        sampling=weights.sampling(),
         recompute=jax.jit(make_recompute(objective)),
         advantages=jax.jit(make_advantages(config)),
         select=jax.jit(make_selection(config, chunk_size(config, mesh))),

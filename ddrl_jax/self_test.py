@@ -35,7 +35,7 @@ def ratio_deviations(program: Program, state: TrainState) -> dict[str, np.ndarra
     steps = np.flatnonzero(kernel.stochastic).astype(np.int32)
     trained = np.repeat(steps[:, None], program.chunk, 1)
     sampled = program.rollout(
-        *program.sampling(state.params),
+        *program.sampling(state.params, program.frozen),
         chunk.keys,
         chunk.cond,
         place_batch(program.mesh, trained, axis=1),

@@ -77,30 +77,27 @@ class Weights(NamedTuple):
         init = lambda k: self.init(k)[part]  # noqa: E731
         return jax.jit(init, out_shardings=self.shardings[part])(key)
 
-    def sampling(self, frozen: Params) -> Callable[[Params], tuple[Params, Params]]:
-        """Returns trained weights -> (trained, frozen) as the rollout has them.
+    def sampling(self) -> Callable[[Params, Params], tuple[Params, Params]]:
+        """Returns (trained, frozen) -> the same as the rollout has them.
 
         config.rollout.layout "train" passes them on; another one makes a copy at each
-        call, once an epoch, and one of the frozen weights here.
-
-        Args:
-          frozen: of `frozen`.
+        call, once an epoch, which lives as long as the rollout does.
         """
         layout, dtype = self.config.rollout.layout, self.config.rollout.dtype
         if layout == "train" and dtype == "float32":
-            return lambda params: (params, frozen)
+            return lambda params, frozen: (params, frozen)
         axes = {"replicated": AXES, "tensor": ("fsdp",), "train": ()}[layout]
         rules = without(table(self.config.sharding), *axes)
 
         def copier(part: str):
-            cast = lambda tree: optax.tree.cast(tree, dtype)  # noqa: E731
             names, shapes = self.pipeline.axes[part], self.shapes[part]
             places = params_shardings(names, shapes, self.mesh, rules)
-            return jax.jit(cast, out_shardings=places)
+            narrow = partial(jax.tree.map, partial(_at_most, jnp.dtype(dtype)))
+            return jax.jit(narrow, out_shardings=places)
 
-        still = copier("params")(frozen) if self.trained == "lora" else frozen
         copy = copier(self.trained)
-        return lambda params: (copy(params), still)
+        still = copier("params") if self.trained == "lora" else lambda nothing: nothing
+        return lambda params, frozen: (copy(params), still(frozen))
 
 
 def describe_weights(
@@ -154,6 +151,11 @@ def _init(config: Any, pipeline: Pipeline, key: jax.Array) -> dict[str, Params]:
         base = _as_dtype(trees["params"], config.model.dtype, pipeline.precise)
         trees = trees | {"params": base}
     return trees | {"lora": _as_dtype(trees["lora"], config.optimizer.master)}
+
+
+def _at_most(dtype: jnp.dtype, leaf: jax.Array) -> jax.Array:
+    """The leaf rounded to a dtype; one that is narrower already stays as it is."""
+    return leaf.astype(dtype) if leaf.dtype.itemsize > dtype.itemsize else leaf
 
 
 def _as_dtype(tree: Params, dtype: str, but: str = "") -> Params:

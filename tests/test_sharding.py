@@ -291,14 +291,14 @@ def test_the_rollout_has_its_own_copy_of_the_weights(layout, rank, alone):
     state = perturbed_state(program)
     axes = {
         axis
-        for leaf in jax.tree.leaves(program.sampling(state.params))
+        for leaf in jax.tree.leaves(program.sampling(state.params, program.frozen))
         for part in leaf.sharding.spec
         for axis in (part if isinstance(part, tuple) else (part,))
     }
     assert axes - {None} == ({"tensor"} if layout == "tensor" else set())
     trained = jax.tree.map(lambda a: a.sharding.spec, state.params)
     assert any("fsdp" in spec for spec in jax.tree.leaves(trained))
-    found = program.sampling(state.params)
+    found = program.sampling(state.params, program.frozen)
     for a, b in zip(
         jax.tree.leaves(found),
         jax.tree.leaves((state.params, program.frozen)),
@@ -318,6 +318,6 @@ def test_a_rollout_in_bfloat16_trains_with_the_recomputed_log_prob():
         check_ratio(refused, perturbed_state(refused))
     program = tiny_program(edits | {"policy.old_log_prob": "recompute"})
     state = perturbed_state(program)
-    copy, _ = program.sampling(state.params)
+    copy, _ = program.sampling(state.params, program.frozen)
     assert {a.dtype.name for a in jax.tree.leaves(copy)} == {"bfloat16"}
     check_ratio(program, state)

@@ -96,9 +96,8 @@ def chunks_with_trajectories(program: Program, state: Any, prompts: Any) -> list
     for number, chunk in enumerate(draw_chunks(program, prompts, 0, 0)):
         sample = number * size + jnp.arange(size)
         advantages = jnp.where(sample % 2, 1.0, -1.0)
-        _, trajectory, _ = program.rollout(
-            *program.sampling(state.params), chunk.keys, chunk.cond, trained
-        )
+        weights = program.sampling(state.params, program.frozen)
+        _, trajectory, _ = program.rollout(*weights, chunk.keys, chunk.cond, trained)
         chunks.append(
             chunk._replace(
                 trajectory=trajectory,
