@@ -6,7 +6,6 @@ JSON record holds the cursor and, of every leaf, the shape, the dtype and a chec
 of the bytes: what is read back is what was written, or there is one error.
 """
 
-import errno
 import os
 import re
 import shutil
@@ -14,11 +13,12 @@ import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
 from ddrl_jax import fingerprint, orbax_log
-from ddrl_jax.distributed import every, is_main
+from ddrl_jax.distributed import every, every_text, is_main
 from ddrl_jax.errors import UserError
 from ddrl_jax.fingerprint import abstract as abstract
 from ddrl_jax.interfaces import Params
@@ -26,11 +26,6 @@ from ddrl_jax.interfaces import Params
 _AVERAGE = "train/ema/"  # of the learner's state, in the names of leaves
 _ASIDE = "damaged"  # where resume=last_good moves what it skipped
 _RECORD = Path("cursor", "metadata")  # where Orbax puts the JSON item
-_WRITE_FAULTS = re.compile(
-    r"No space left|RESOURCE_EXHAUSTED|PERMISSION_DENIED|Read-only|os_error_code|"
-    r"OS error|Input/output error|quota",
-    re.IGNORECASE,
-)
 
 
 class Restored(NamedTuple):
@@ -101,10 +96,10 @@ class Checkpoints:
             )
         # The host views stay referenced until the save is complete: on a CPU they are
         # the buffers themselves, and XLA copies instead of donating what is referenced.
-        views = list(fingerprint.host_leaves(state))
-        self._held = [view for _, view in views] + [*fingerprint.parts(state)]
-        self._bytes = sum(getattr(view, "nbytes", 0) for view in self._held)
-        record = fingerprint.record(epoch, state, cursor, views)
+        held = fingerprint.parts(state)
+        self._held = [part.data for parts in held.values() for part in parts]
+        self._bytes = sum(view.nbytes for view in self._held)
+        record = fingerprint.record(epoch, state, cursor, held)
         args = ocp.args.Composite(
             state=ocp.args.StandardSave(state), cursor=ocp.args.JsonSave(record)
         )
@@ -153,11 +148,12 @@ class Checkpoints:
             return None
         self.skipped = []
         for epoch in reversed(epochs):
-            restored = self._read_everywhere(epoch, abstract_state)
-            if isinstance(restored, _Damaged):
+            try:
+                restored = self._read_everywhere(epoch, abstract_state)
+            except _Damaged as reason:
                 if which == "latest":
-                    raise self._damaged(epoch, restored, epochs)
-                self.skipped.append((epoch, str(restored)))
+                    raise self._damaged(epoch, reason, epochs) from None
+                self.skipped.append((epoch, str(reason)))
                 continue
             self._report_skipped(epoch)
             self._known.add(epoch)
@@ -208,7 +204,8 @@ class Checkpoints:
             self._manager = ocp.CheckpointManager(self.root, options=options)
         return self._manager
 
-    def _read(self, epoch: int, abstract_state: Params) -> Restored:
+    def _read(self, epoch: int, abstract_state: Params) -> tuple[dict, Params]:
+        """The record and the state, with bytes that nobody has looked at yet."""
         path = self.root / str(epoch)
         record = _read_record(path, epoch)
         different = fingerprint.first_difference(record, abstract_state)
@@ -219,21 +216,29 @@ class Checkpoints:
         if changed is not None:
             # Without one of its metadata files Orbax gives a PRNG key as plain numbers.
             raise _Damaged(f"{changed[0]} came back as {changed[2]}")
+        return record, state
+
+    def _read_everywhere(self, epoch: int, abstract_state: Params) -> Restored:
+        """What was read; all processes find the checkpoint damaged, or none."""
+        reason, record, state = "", {}, None
+        try:
+            record, state = self._read(epoch, abstract_state)
+        except _Damaged as damage:
+            reason = str(damage)
+        for process, why in enumerate(every_text(reason)):
+            if why:
+                who = f"process {process}: " if jax.process_count() > 1 else ""
+                raise _Damaged(who + why)
+        if fingerprint.is_old(record):
+            _tell(
+                f"{self.root / str(epoch)} was saved by an older version: its bytes "
+                "are taken as they are, without a checksum"
+            )
+            return Restored(epoch, state, record["cursor"])
         bad = fingerprint.first_corrupt(record, state)
         if bad is not None:
             raise _Damaged(f"the bytes of {bad} are not those that were saved")
         return Restored(epoch, state, record["cursor"])
-
-    def _read_everywhere(self, epoch: int, abstract_state: Params):
-        """What was read, or why one of the processes could not read it."""
-        try:
-            found = self._read(epoch, abstract_state)
-        except _Damaged as reason:
-            found = reason
-        bad = every(np.array(isinstance(found, _Damaged)))
-        if bad.any() and not isinstance(found, _Damaged):
-            found = _Damaged(f"process {int(bad.argmax())} can not read its part")
-        return found
 
     def _read_state(self, epoch: int, abstract_state: Params) -> Params:
         args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract_state))
@@ -243,20 +248,20 @@ class Checkpoints:
             state = self._open().restore(epoch, args=args)["state"]
         except Exception as error:  # Orbax and TensorStore raise many types
             orbax_log.drop_late_reads(self.root)
-            raise _Damaged(_first_line(error)) from None
+            raise _Damaged(orbax_log.first_line(error)) from None
         sys.unraisablehook = hook  # not after a failure: callbacks are still to come
         return state
 
     def _raise_write_error(self, error: Exception) -> None:
         failed, self._pending, self._held = self._pending, None, []
-        if not _is_write_fault(error):
+        if not orbax_log.is_write_fault(error):
             raise error
         free = shutil.disk_usage(self.root if self.root.exists() else "/").free
         kept = [epoch for epoch in self.epochs() if epoch != failed]
         last = f"epoch {max(kept)}" if kept else "the start"
         raise UserError(
             f"the checkpoint of epoch {failed} could not be written to {self.root}",
-            got=f"{_first_line(error)} ({free / 1e6:.0f} MB free)",
+            got=f"{orbax_log.first_line(error)} ({free / 1e6:.0f} MB free)",
             wanted=f"a writable disk with about {self._bytes / 1e6:.0f} MB free",
             way_out="make room, or lower --config.checkpoint.keep, and run the same "
             f"command again: it goes on from {last}",
@@ -302,22 +307,7 @@ def _read_record(path: Path, epoch: int) -> dict[str, Any]:
     try:
         return fingerprint.parse((path / _RECORD).read_bytes(), epoch)
     except (OSError, ValueError) as error:
-        raise _Damaged(f"{path / _RECORD}: {_first_line(error)}") from None
-
-
-def _is_write_fault(error: BaseException | None) -> bool:
-    while error is not None:
-        if isinstance(error, OSError) and error.errno != errno.EEXIST:
-            return True
-        if _WRITE_FAULTS.search(str(error)):
-            return True
-        error = error.__cause__ or error.__context__
-    return False
-
-
-def _first_line(error: object) -> str:
-    text = str(error).strip() or type(error).__name__
-    return text.splitlines()[0].split(" [tensorstore_spec")[0][:400]
+        raise _Damaged(f"{path / _RECORD}: {orbax_log.first_line(error)}") from None
 
 
 def _foreign(path: Path, leaf: str, got: str, wanted: str) -> UserError:

@@ -29,7 +29,7 @@ from ddrl_jax.watch import Watch
 
 HEARTBEAT = 25  # seconds without a word from a process until the others end
 ARRIVAL = 300  # seconds that the processes of a run may take to come together
-NAME_BYTES = 64  # of a host's name, in what the processes compare
+TEXT_BYTES = 512  # of what a process tells the others
 KEYS = ("coordinator", "processes", "process")  # --distributed.KEY, DDRL_KEY
 T = TypeVar("T")
 
@@ -185,6 +185,13 @@ def every(values: np.ndarray) -> np.ndarray:
     return np.asarray(raw).view(values.dtype).reshape(-1, *values.shape)
 
 
+def every_text(text: str) -> list[str]:
+    """Gathers a text from each process, cut to TEXT_BYTES; see `every`."""
+    raw = text.encode()[:TEXT_BYTES].ljust(TEXT_BYTES)
+    rows = every(_bytes(raw))
+    return [row.tobytes().decode(errors="ignore").strip() for row in rows]
+
+
 def meet(mesh: Mesh) -> None:
     """Connects the devices of every group that the mesh can form, before any compiling.
 
@@ -275,8 +282,7 @@ def check_agreement(values: Mapping[str, object]) -> None:
     if jax.process_count() == 1:
         return
     names, texts = list(values), [str(value) for value in values.values()]
-    host = socket.gethostname().encode()[:NAME_BYTES].ljust(NAME_BYTES)
-    hosts = [row.tobytes().decode().strip() for row in every(_bytes(host))]
+    hosts = every_text(socket.gethostname())
     _compare(hosts, ["the list of what is compared"], [str(names)])
     _compare(hosts, names, texts)
 

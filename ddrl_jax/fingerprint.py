@@ -2,18 +2,18 @@
 
 import json
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
+from ddrl_jax.checksum import Part, checksums, host_parts
+from ddrl_jax.errors import UserError
 from ddrl_jax.interfaces import Params
 
-_PROGRAM = "ddrl_jax checkpoint, format 1"
-
-NamedView = tuple[str, np.ndarray | None]
+_FORMAT = "ddrl_jax checkpoint, format 2"
+_OLD = "ddrl_jax checkpoint, format 1"  # its checksums are of another kind
 
 
 def abstract(state: Params) -> Params:
@@ -37,49 +37,43 @@ def abstract(state: Params) -> Params:
     return jax.tree.map(describe, state)
 
 
-def host_leaves(state: Params) -> Iterator[NamedView]:
-    """Yields the name and the host view of each leaf of a tree.
-
-    The view is None for an array that is spread over several hosts: each of them holds
-    only a part of its bytes.
-    """
-    for path, leaf in jax.tree_util.tree_leaves_with_path(state):
-        yield _name(path), None if _is_spread(leaf) else np.asarray(_plain(leaf))
-
-
-def parts(state: Params) -> Iterator[np.ndarray]:
-    """Yields the host views of this process's parts of arrays spread over several."""
-    for leaf in filter(_is_spread, jax.tree.leaves(state)):
-        yield from (np.asarray(s.data) for s in _plain(leaf).addressable_shards)
-
-
-def _is_spread(leaf: Any) -> bool:
-    if not isinstance(leaf, jax.Array):
-        return False
-    return not (leaf.is_fully_addressable or leaf.is_fully_replicated)
+def parts(state: Params) -> dict[str, list[Part]]:
+    """Returns what this process holds of each leaf of a tree, by name."""
+    leaves = jax.tree_util.tree_leaves_with_path(state)
+    return {_name(path): host_parts(leaf) for path, leaf in leaves}
 
 
 def record(
-    epoch: int, state: Params, cursor: dict[str, Any], views: Iterable[NamedView]
+    epoch: int, state: Params, cursor: dict[str, Any], held: Mapping[str, list[Part]]
 ) -> dict[str, Any]:
     """Describes a checkpoint, with a checksum of the description itself.
+
+    Every process has to call it, and finds the same.
 
     Args:
       epoch: the epoch of the checkpoint.
       state: the tree.
       cursor: JSON values.
-      views: the output of `host_leaves(state)`.
+      held: the output of `parts(state)`.
 
     Returns:
-      JSON values: program, epoch, cursor, leaves {name: [shape, dtype, crc32 or None]}
-      and the crc32 of all of it.
+      JSON values: program, epoch, cursor, leaves {name: [shape, dtype, checksum]} and
+      the crc32 of all of it.
+
+    Raises:
+      UserError: the processes do not hold the same.
     """
-    shapes = _shapes(state)
-    leaves = {
-        name: [*shapes[name], None if view is None else _checksum(view)]
-        for name, view in views
-    }
-    found = {"program": _PROGRAM, "epoch": epoch, "cursor": cursor, "leaves": leaves}
+    sums = dict(zip(held, checksums(held.values()), strict=True))
+    apart = [name for name, checksum in sums.items() if checksum is None]
+    if apart:
+        raise UserError(
+            "the processes of the run hold different copies of its state",
+            got=", ".join(apart[:5]),
+            wanted="the same bits wherever a part of an array is held twice",
+            way_out="run the same command again: it goes on from the last checkpoint",
+        )
+    leaves = {name: [*found, sums[name]] for name, found in _shapes(state).items()}
+    found = {"program": _FORMAT, "epoch": epoch, "cursor": cursor, "leaves": leaves}
     found = json.loads(json.dumps(found))  # as it will be read back
     return found | {"checksum": _json_checksum(found)}
 
@@ -98,8 +92,8 @@ def parse(content: bytes, epoch: int) -> dict[str, Any]:
       ValueError: it is not the record of this epoch, or its bytes have changed.
     """
     found = json.loads(content)
-    if not isinstance(found, dict) or found.get("program") != _PROGRAM:
-        raise ValueError(f"no record of this program ({_PROGRAM})")
+    if not isinstance(found, dict) or found.get("program") not in (_FORMAT, _OLD):
+        raise ValueError(f"no record of this program ({_FORMAT})")
     if found.pop("checksum", None) != _json_checksum(found):
         raise ValueError("its bytes are not those that were saved")
     if found["epoch"] != epoch:
@@ -130,26 +124,25 @@ def first_difference(
     return None
 
 
+def is_old(found: dict[str, Any]) -> bool:
+    """Whether a record is of the version whose checksums are not read any more."""
+    return found["program"] == _OLD
+
+
 def first_corrupt(found: dict[str, Any], state: Params) -> str | None:
-    """Returns the first leaf whose bytes differ from those recorded, or None."""
-    for name, view in host_leaves(state):
-        wanted = found["leaves"][name][2]
-        if view is None or wanted is None:
-            continue
-        if _checksum(view) != wanted:
+    """Returns the first leaf whose bytes differ from those recorded, or None.
+
+    Every process has to call it, and finds the same.
+    """
+    held = parts(state)
+    for name, checksum in zip(held, checksums(held.values()), strict=True):
+        if checksum is None or checksum != found["leaves"][name][2]:
             return name
     return None
 
 
 def _name(path: Any) -> str:
     return jax.tree_util.keystr(path, simple=True, separator="/")
-
-
-def _plain(leaf: Any) -> Any:
-    typed = isinstance(leaf, jax.Array) and jnp.issubdtype(
-        leaf.dtype, jax.dtypes.prng_key
-    )
-    return jax.random.key_data(leaf) if typed else leaf
 
 
 def _shapes(tree: Params) -> dict[str, list]:
@@ -164,10 +157,6 @@ def _text(leaf: list | None, owner: str) -> str:
     if leaf is None:
         return f"no such leaf in {owner}"
     return f"shape {tuple(leaf[0])}, {leaf[1]}, in {owner}"
-
-
-def _checksum(view: np.ndarray) -> int:
-    return zlib.crc32(np.ascontiguousarray(view).reshape(-1).view(np.uint8).data)
 
 
 def _json_checksum(found: dict[str, Any]) -> int:

@@ -1,18 +1,25 @@
-"""What Orbax and asyncio say beside the exception that reaches us, kept quiet.
+"""What Orbax says: its exceptions in one line, and all beside them kept quiet.
 
 A failed restore leaves other reads behind; when they end they report through three
 channels (Orbax's log, sys.unraisablehook, asyncio's log) and would bury the one
 message.
 """
 
+import errno
 import logging
 import os
+import re
 import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+_WRITE_FAULTS = re.compile(
+    r"No space left|RESOURCE_EXHAUSTED|PERMISSION_DENIED|Read-only|os_error_code|"
+    r"OS error|Input/output error|quota",
+    re.IGNORECASE,
+)
 _ORBAX = f"{os.sep}orbax{os.sep}"  # in the path of its source files
 
 
@@ -47,3 +54,20 @@ def drop_late_reads(root: Path) -> None:
         return not any(name in text for name in names)
 
     logging.getLogger("asyncio").addFilter(keep)
+
+
+def is_write_fault(error: BaseException | None) -> bool:
+    """Whether a failed save comes from the disk, as far as its causes tell."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno != errno.EEXIST:
+            return True
+        if _WRITE_FAULTS.search(str(error)):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def first_line(error: object) -> str:
+    """Returns what an exception says, without TensorStore's specification."""
+    text = str(error).strip() or type(error).__name__
+    return text.splitlines()[0].split(" [tensorstore_spec")[0][:400]

@@ -21,7 +21,7 @@ VAGUE = {"utils", "util", "helpers", "helper", "common", "misc"}
 # `errors` and `interfaces` are open to everybody and are added to every row.
 EVERYBODY = ("errors", "interfaces")
 PLUMBING = ("optim", "sharding", "metrics", "workdir", "preemption", "pictures")
-PLUMBING += ("checkpoint", "fingerprint", "orbax_log", "report", "skipped")
+PLUMBING += ("checkpoint", "fingerprint", "checksum", "orbax_log", "report", "skipped")
 MEASURES = ("flops", "chips", "profile")
 CHECKS = ("config_rules", "check_config", "check_objective", "command_line")
 PARTS = ("diffusion", "objectives", "models", "rewards", "data", "rollout", "learner")
@@ -62,6 +62,7 @@ IMPORT_TABLE: dict[str, tuple[str, ...]] = {
     **{name: ("distributed",) for name in PLUMBING},
     **{name: () for name in MEASURES},
     "checkpoint": ("fingerprint", "orbax_log", "distributed"),
+    "fingerprint": ("checksum",),
     **{
         name: ("diffusion", "models", "rewards", "data", "terms", *CHECKS)
         for name in CHECKS

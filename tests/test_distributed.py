@@ -90,7 +90,7 @@ def test_who_differs_is_named_with_host_and_key(monkeypatch):
     digests = []
 
     def gather(rows):
-        if rows.shape == (distributed.NAME_BYTES,):
+        if rows.shape == (distributed.TEXT_BYTES,):
             names = [f"node{i}".encode().ljust(rows.size) for i in range(3)]
             return np.stack([np.frombuffer(n, np.uint8) for n in names])
         other = rows.copy()
