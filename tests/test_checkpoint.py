@@ -1,4 +1,6 @@
+import json
 import shutil
+import zlib
 from pathlib import Path
 
 import jax
@@ -148,6 +150,22 @@ def test_another_model_is_refused_at_the_first_leaf(
     assert got in error.value.got and want in error.value.wanted
     assert "--workdir" in error.value.way_out
     assert Checkpoints(root, 1, 9).epochs() == [1, 2, 3]
+
+
+def test_a_checkpoint_of_the_first_format_is_read_and_said_to_be_unchecked(
+    root, capsys
+):
+    path = root / "3" / "cursor" / "metadata"
+    record = json.loads(path.read_text())
+    del record["checksum"]
+    record["program"] = "ddrl_jax checkpoint, format 1"
+    for leaf in record["leaves"].values():
+        leaf[2] = 7  # a CRC-32 in that format
+    text = json.dumps(record, sort_keys=True).encode()
+    path.write_text(json.dumps(record | {"checksum": zlib.crc32(text)}))
+    found = restore(root)
+    assert bits(found.state) == bits(make_state(3)) and found.cursor == {"epoch": 3}
+    assert "saved by an older version" in capsys.readouterr().err
 
 
 def test_the_checkpoint_of_another_program_is_refused(tmp_path):
