@@ -26,6 +26,7 @@ ARMS = {
     "kl_low": (1.0, 0.01, 0.0),
     "kl_high": (1.0, 0.1, 0.0),
     "ddrl_low": (1.0, 0.0, 0.01),
+    "ddrl_between": (1.0, 0.0, 0.012),
     "ddrl_mid": (1.0, 0.0, 0.015),
     "ddrl_high": (1.0, 0.0, 0.02),
     # AdamW divides by the size of the gradient, so the weight of an only term is free

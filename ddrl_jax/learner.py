@@ -166,6 +166,8 @@ def make_advantages(config: Any):
 
     Per reward normalised, then averaged by weight (the tracker sums first, as DDPO
     does), divided by beta, transformed and clipped; 0 where the reward is missing.
+    "neg_exp_centered" is centred over what `advantages.kind` normalises over: the
+    group, or else the whole epoch.
 
     Args:
       config: the whole configuration.
@@ -174,6 +176,7 @@ def make_advantages(config: Any):
         return _make_weights(config)
     weights, adv = dict(config.rewards.weights), config.advantages
     groups, total_weight = config.prompts.per_epoch, sum(weights.values())
+    by_group = adv.kind == "group"
 
     def normalized(rewards, group, valid):
         if adv.kind == "batch":
@@ -192,7 +195,8 @@ def make_advantages(config: Any):
             each = {n: normalized(values[n], group, valid) for n in weights}
             found = sum(w * each[n] for n, w in weights.items()) / total_weight
         kind = config.policy.transform
-        found = reward_transform(found / config.policy.beta, kind, group, valid, groups)
+        ids = group if by_group else None  # else a group may be a single sample
+        found = reward_transform(found / config.policy.beta, kind, ids, valid, groups)
         found = clip_advantages(found, adv.clip) if adv.clip else found
         return jnp.where(valid, found, 0.0), tracker
 

@@ -244,7 +244,8 @@ class Timer:
     def epoch(self) -> dict[str, float]:
         """Returns time/STAGE in seconds and starts again from zero.
 
-        time/rest is what lies in no stage; time/epoch is the sum of all.
+        time/rest is what lies in no stage; time/epoch is the sum of all. What is done
+        with the result, as writing it, belongs to the rest of the next epoch.
         """
         self._settle()
         now = self._mark
@@ -254,6 +255,17 @@ class Timer:
         times["time/epoch"] = total
         self._spent, self._start = dict.fromkeys(STAGES, 0.0), now
         return times
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """Leaves a block out of the epoch: evaluation, saving."""
+        self._settle()
+        begun = self._mark
+        try:
+            yield
+        finally:
+            self._mark = time.perf_counter()
+            self._start += self._mark - begun
 
     def _settle(self) -> None:
         """Books the time since the last mark on the innermost open stage."""

@@ -109,12 +109,13 @@ def run(
             every = config.evaluate.every
             last = epoch == config.train.epochs
             if last or (every and epoch % every == 0):
-                values |= evaluation.run(state, metrics, epoch)
+                with timer.aside():
+                    values |= evaluation.run(state, metrics, epoch)
             metrics.write(epoch, values)
             bar.update(epoch, values)
             # 5. Save.
-            save(checkpoints, epoch, state, tracker, program, force=last)
-            timer.epoch()  # evaluation and saving are no part of the next epoch
+            with timer.aside():
+                save(checkpoints, epoch, state, tracker, program, force=last)
     save(checkpoints, epoch, state, tracker, program, force=True)
     if stop.agree():
         checkpoints.wait()

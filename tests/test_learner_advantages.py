@@ -2,6 +2,7 @@
 
 import jax
 import numpy as np
+import pytest
 from edited_config import configured
 
 from ddrl_jax.learner import make_advantages
@@ -14,7 +15,7 @@ ALL = np.ones(8, bool)
 TRACKER = PerPromptTracker.init(3, 16)
 
 
-def judged(values, valid=ALL, tracker=TRACKER, **edits):
+def judged(values, valid=ALL, tracker=TRACKER, group=GROUP, **edits):
     names = {name: 1.0 for name in values}
     # "advantages__clip" and the like: a key of the configuration
     edits = {k.replace("__", "."): v for k, v in edits.items()}
@@ -30,7 +31,7 @@ def judged(values, valid=ALL, tracker=TRACKER, **edits):
     )
     values = {n: np.asarray(v, np.float32) for n, v in values.items()}
     found, tracker = jax.jit(make_advantages(config))(
-        values, valid, GROUP, INDEX, tracker
+        values, valid, group, INDEX, tracker
     )
     return np.asarray(found), tracker
 
@@ -72,6 +73,23 @@ def test_temperature_transform_and_clip_in_that_order():
     expected = np.maximum(-np.exp(-by_group(REWARDS) / 0.5), -3.0)
     np.testing.assert_allclose(value, expected, rtol=1e-5)
     assert (expected == -3.0).any() and (expected > -3.0).any()
+
+
+@pytest.mark.parametrize("kind", ["batch", "group"])
+def test_the_centre_is_that_of_what_is_normalised_over(kind):
+    whole = {"advantages__kind": kind, "policy__transform": "neg_exp_centered"}
+    value, _ = judged({"r": REWARDS}, **whole)
+    raised = -np.exp(-(standard(REWARDS) if kind == "batch" else by_group(REWARDS)))
+    shape = (1, 8) if kind == "batch" else (2, 4)
+    centre = np.repeat(raised.reshape(shape).mean(1), shape[1])
+    np.testing.assert_allclose(value, raised - centre, atol=1e-5)
+
+
+def test_samples_without_a_group_have_advantages_after_centring():
+    alone = {"prompts__per_epoch": 8, "prompts__group_size": 1}
+    edits = {"advantages__kind": "batch", "policy__transform": "neg_exp_centered"}
+    value, _ = judged({"r": REWARDS}, group=np.arange(8), **edits, **alone)
+    assert np.abs(value).min() > 0
 
 
 def test_a_failed_sample_leaves_its_group():

@@ -187,6 +187,22 @@ def test_the_timer_books_every_second_once(monkeypatch):
     assert again["time/rollout"] == 0.0
 
 
+def test_what_is_done_aside_is_no_part_of_an_epoch(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+    timer = Timer()
+    now[0] += 1
+    with timer("update"):
+        now[0] += 2
+    timer.epoch()
+    now[0] += 4  # as writing the metrics that were read just now
+    with timer.aside():
+        now[0] += 8
+    now[0] += 16
+    found = timer.epoch()
+    assert found["time/rest"] == found["time/epoch"] == 20.0
+
+
 def test_a_stage_that_raises_is_closed():
     timer = Timer()
     with pytest.raises(RuntimeError), timer("update"):
