@@ -145,7 +145,7 @@ def page(command: str, cold: dict[str, Any], warm: dict[str, Any]) -> str:
             *stage_table(epochs),
             "",
             "Judging overlaps the rollout: under reward is only what the loop waits.",
-            "The rest is drawing prompts and data, advantages, and logging the epoch before.",
+            "The rest: drawing prompts and data, advantages, logging the epoch before.",
             "Evaluation and saving are no part of an epoch's time.",
             "",
             "## Compiling",

@@ -5,7 +5,9 @@
 arXiv 2305.13301, table D.5, scaled down: as ddpo_sf.py, with the importance ratio, four
 updates for each collection, and half of the steps, drawn for each sample on its own.
 clip_range: the paper's 1e-4 belongs to log-probs that are means over 16,384 latent
-values; 5.3e-4 bounds the joint ratio alike for the 3,072 here (1.64 / 3072).
+values; 5.3e-4 bounds the joint ratio alike for the 3,072 here (1.64 / 3072). Advantages
+are clipped at 5 (10 in the released code) and a tracker keeps 16 rewards (32), since a
+run here has few epochs.
 """
 
 from ml_collections import ConfigDict

@@ -6,7 +6,8 @@ arXiv 2305.13301, table D.5, scaled down: DDIM with eta 1, every step trained, r
 normalised by a running tracker of each prompt, guidance in sampling and in training,
 AdamW with weight decay 1e-4, and exactly one update for each collection of samples.
 Differs from the paper: 64 samples and 20 steps (256 and 50), guidance 2 (5 suits Stable
-Diffusion), lr 1e-4 (1e-5 for a network 200 times as large).
+Diffusion), lr 1e-4 (1e-5 for a network 200 times as large), advantages clipped at 5 (10
+in the released code) and a tracker of 16 rewards (32), since a run here is short.
 """
 
 from ml_collections import ConfigDict

@@ -8,8 +8,11 @@ ratios of squared errors without 1 / (2 std^2), linear advantages, the data term
 noise levels and noise of the rollout with the EDM weight 0.01 and text dropout 0.2, one
 update for each rollout, AdamW (0.9, 0.99) with weight decay 1e-4 after a warm-up.
 data_term.weight and clip_range belong to this scale of the log-probs. Differs from the
-release: lr 1e-4 and five warm-up updates (1e-5 and 50 for two billion weights), and an
-average of the weights with a fixed decay.
+release: lr 1e-4 and five warm-up updates (1e-5 and 50 for two billion weights), an
+average of the weights with a fixed decay, no factor 10 on the loss before the gradient
+is clipped to norm 1, a standard deviation over n, not n - 1, rewards that are
+not clamped to 5 before they are normalised, and samples that end at sigma_min, without
+a last denoising call.
 """
 
 from ml_collections import ConfigDict
