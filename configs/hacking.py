@@ -4,11 +4,13 @@
     python benchmarks/reward_hacking.py      # all arms and seeds, table and figures
 
 JPEG compressibility of emoji, which a policy without an anchor maximises by wiping its
-pictures. ddpo has the clipped importance-weighted objective and no anchor, kl_* adds
-the exact KL of a step to the starting policy, ddrl_* the diffusion loss on captioned
-emoji, control takes that loss alone for as many updates and asks for no reward. Kernel,
-trained steps, prompts, noise, optimizer and evaluation are the same for all, and with
-the same seed the control sees the emoji of the ddrl arms in the same order.
+pictures. ddpo has the clipped importance-weighted objective and no anchor; like all
+arms here it has the flow's SDE and group advantages (configs/ddpo_is.py: DDPO with DDIM
+and a tracker). kl_* adds the exact KL of a step to the starting policy, ddrl_* the
+diffusion loss on captioned emoji, control takes that loss alone for as many updates and
+asks for no reward. Kernel, trained steps, prompts, noise, optimizer and evaluation are
+the same for all, and with the same seed the control sees the emoji of the ddrl arms in
+the same order.
 
 Numbers and hours are in benchmarks/results/reward_hacking.md. The data weights were
 chosen after trials with seed 0: at 0.03 and above the size hardly falls.
