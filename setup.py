@@ -40,7 +40,6 @@ EXTRAS = {
     "gpu-cuda12": ["jax[cuda12]>=0.10.2"],
     "tpu": ["jax[tpu]>=0.10.2"],
     "alignment": ["bert-score>=0.3.13"],  # brings torch; only for vlm_alignment
-    "rewards": ["rapidocr-onnxruntime>=1.4.4"],
     # The tests that compare with PyTorch's networks, with the loader of LoRA files in
     # diffusers, which is peft, and with BERTScore itself.
     "parity": ["torch>=2.6", "peft>=0.17", "bert-score>=0.3.13"],

@@ -26,9 +26,9 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # for configs, from wherever this is started
 
 from configs.hacking import ARMS  # noqa: E402
-from ddrl_jax.command_line import load_config, override  # noqa: E402
 from ddrl_jax.compare import draw, load_runs, write_table  # noqa: E402
 from ddrl_jax.compare.runs import read_lines  # noqa: E402
+from ddrl_jax.config_file import load_config, override  # noqa: E402
 from ddrl_jax.errors import UserError  # noqa: E402
 
 PAUSE = 1.0  # seconds between two looks at the runs

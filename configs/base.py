@@ -4,11 +4,12 @@ An experiment file calls `get_config()` of this file, edits what differs, and sa
 its header what it is for. `--config=FILE:smoke` shrinks any experiment to seconds.
 """
 
-import ml_collections
 from ml_collections import ConfigDict
 
+from configs.smoke import shrink
 
-def get_config() -> ConfigDict:
+
+def get_config(variant: str = "") -> ConfigDict:
     """Returns the complete configuration with its defaults."""
     c = ConfigDict()
     c.name = "base"  # shown in the report
@@ -30,9 +31,8 @@ def get_config() -> ConfigDict:
     c.model.heads = 6  # attention heads
     c.model.patch = 4  # pixels a token is wide
     c.model.image_size = 32  # pixels; stable_diffusion: 0 is what the UNet is made for
-    c.model.dtype = (
-        "float32"  # of the network; states, log-probs and losses are float32
-    )
+    c.model.dtype = "float32"  # of the network; "float32" | "bfloat16": states,
+    # log-probs and losses are float32 with either
     c.model.attention = "auto"  # by backend, dtype, lengths and mesh one of "xla",
     # "chunked" (memory of 1,024 queries at a time), "cudnn" (NVIDIA), "splash" (TPU),
     # and where mesh.context > 1 "ulysses" (if it divides the heads) or "ring"
@@ -52,10 +52,9 @@ def get_config() -> ConfigDict:
     c.lora = ConfigDict()
     c.lora.rank = 0  # 0: all weights are trained
     c.lora.alpha = 0.0  # 0: alpha = rank (scale 1)
-    c.lora.base_dtype = (
-        "compute"  # of the frozen weights: "compute" (model.dtype; those used in
-    )
-    # float32 stay float32, so every number stays what it was) | "float32"
+    # of the frozen weights: "compute" (model.dtype; those used in float32 stay float32,
+    # so every number stays what it was) | "float32"
+    c.lora.base_dtype = "compute"
 
     c.data = ConfigDict()
     c.data.source = "emoji"  # "emoji" (shipped), "samples" (data.path written by
@@ -67,9 +66,7 @@ def get_config() -> ConfigDict:
     c.data.caption_feature = "caption"  # tfds; "a/b" for one within a feature
     c.data.tfds_dir = ""  # tfds: where prepared sets lie; "" is TFDS's own place
     c.data.resample = "bicubic"  # "bicubic" | "lanczos": to the model's size
-    c.data.on_bad = (
-        "error"  # "error" | "skip": pictures or captions that can not be used
-    )
+    c.data.on_bad = "error"  # "error" | "skip": pictures or captions that are no use
     c.data.cache = "~/.cache/ddrl_jax"  # folder of caches of latents and embeddings
     c.data.cache_dtype = "float16"  # of the latents on disk, or "float32"
     c.data.cache_text_dtype = "float32"  # of the embeddings, or "float16"
@@ -103,9 +100,7 @@ def get_config() -> ConfigDict:
     c.sampler.sigma_max = 80.0  # edm
     c.sampler.sigma_min = 0.01  # edm
     c.sampler.shift = 1.0  # flow: time shift of the grid
-    c.sampler.last_step = (
-        "deterministic"  # "stochastic" | "deterministic" (flow kernels)
-    )
+    c.sampler.last_step = "deterministic"  # or "stochastic"; flow_grpo and dance
     c.sampler.guidance_scale = 1.0  # 1: no guidance, the same in rollout and training
 
     c.rewards = ConfigDict()
@@ -164,18 +159,16 @@ def get_config() -> ConfigDict:
     c.policy.kl_weight = 0.0  # step KL to the starting policy
     c.policy.train_on = ()  # step indices trained; () means draw train_steps of them
     c.policy.train_steps = 3  # steps drawn each epoch when train_on is (); 0: all noisy
-    c.policy.per_sample_steps = (
-        False  # draw the steps for each sample on its own (DDPO)
-    )
+    c.policy.per_sample_steps = False  # draw them for each sample on its own (DDPO)
     c.policy.ratio_tolerance = 0.0  # largest |ratio - 1| before an epoch's first update
 
     c.data_term = ConfigDict()
     c.data_term.weight = 0.0  # 0: no data loss
     c.data_term.weighting = "velocity"  # "velocity" | "edm" | "eps"
-    c.data_term.levels = (
-        "own"  # "own" draw | "rollout" (levels and noise of the rollout)
-    )
-    c.data_term.every_step = False  # at every trained step, or once a sample
+    c.data_term.levels = "own"  # noise levels: "own" draw | "rollout" (its levels and
+    # its initial noise)
+    c.data_term.every_step = False  # at every trained step, or once a sample: with
+    # levels "rollout" that is the first trained step, the noisiest one, only
     c.data_term.time = "uniform"  # own draw: "uniform" | "logit_normal"
     c.data_term.text_dropout = 0.1
     c.data_term.captions = "prompt"  # "prompt": data of the caption that was rolled
@@ -187,9 +180,7 @@ def get_config() -> ConfigDict:
     c.train.microbatch = 16  # samples of one device in a network call, at most: a mesh
     # with so many devices that a minibatch has fewer for each takes those
     c.train.inner_epochs = 1  # passes over the epoch's samples
-    c.train.nan_limit = (
-        3  # consecutive updates with non-finite gradients before stopping
-    )
+    c.train.nan_limit = 3  # updates in a row with non-finite gradients before stopping
 
     c.optimizer = ConfigDict()
     c.optimizer.lr = 1e-4
@@ -253,4 +244,4 @@ def get_config() -> ConfigDict:
     c.log.wandb = False
     c.log.progress = True
     c.log.peak_flops = 0.0  # FLOP/s of a device, for the MFU; 0: as the chip is known
-    return ml_collections.ConfigDict(c)
+    return shrink(c, variant)

@@ -1,5 +1,8 @@
 """What the four DDPO tasks share on Stable Diffusion, and their variants.
 
+No experiment itself: aesthetic.py, compressibility.py, incompressibility.py and
+prompt_alignment.py are.
+
     python -m ddrl_jax.main --config=configs/aesthetic.py --workdir=runs/aesthetic
     python -m ddrl_jax.main --config=configs/aesthetic.py:paper --workdir=runs/paper
 
@@ -26,7 +29,7 @@ an epoch.
 from ml_collections import ConfigDict
 
 from configs import base
-from configs.smoke import shrink
+from configs.smoke import check_variant, shrink
 
 REPO = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 PAPER_REPO = "CompVis/stable-diffusion-v1-4"  # what the paper's runs started from
@@ -41,10 +44,9 @@ def task(name: str, variant: str, updates: int) -> ConfigDict:
       variant: one of the table.
       updates: optimizer steps an epoch of the LoRA variants.
     """
+    known = (*VARIANTS, "smoke", *(f"{kind}-smoke" for kind in VARIANTS))
+    check_variant(variant, known)
     kind = variant.removesuffix("smoke").removesuffix("-") or "lora"
-    if kind not in VARIANTS:
-        names = ", ".join((*VARIANTS, "smoke", "NAME-smoke"))
-        raise ValueError(f'unknown variant "{variant}", there are {names}')
     c = base.get_config()
     c.name = name if kind == "lora" else f"{name}:{kind}"
     c.model.update(name="stable_diffusion", init=REPO, image_size=512)

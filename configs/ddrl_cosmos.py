@@ -13,6 +13,9 @@ average of the weights with a fixed decay, no factor 10 on the loss before the g
 is clipped to norm 1, a standard deviation over n, not n - 1, rewards that are
 not clamped to 5 before they are normalised, and samples that end at sigma_min, without
 a last denoising call.
+data_term.every_step=False would leave the data term at the first trained step alone,
+the noisiest one. So does the release's data_on_first_only, which also divides that loss
+by the number of trained steps.
 """
 
 from ml_collections import ConfigDict

@@ -20,11 +20,12 @@ data loss 0.115. benchmarks/results/base_policy.md judges them.
 from ml_collections import ConfigDict
 
 from configs import base
-from configs.smoke import shrink
+from configs.smoke import check_variant, shrink
 
 
 def get_config(variant: str = "") -> ConfigDict:
     """Returns the first stage, the second (":second") or the small one (":smoke")."""
+    check_variant(variant, ("second", "smoke"))
     c = base.get_config()
     c.name = "emoji_pretrain"
     c.model.init = "random"

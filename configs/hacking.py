@@ -20,7 +20,7 @@ chosen after trials with seed 0: at 0.03 and above the size hardly falls.
 from ml_collections import ConfigDict
 
 from configs import base
-from configs.smoke import shrink
+from configs.smoke import check_variant, shrink
 
 ARMS = {
     # arm: policy.weight, policy.kl_weight, data_term.weight
@@ -37,9 +37,9 @@ ARMS = {
 
 
 def get_config(variant: str = "") -> ConfigDict:
-    arm, _, size = variant.partition("-") if variant != "smoke" else ("", "", variant)
-    if arm not in ("", *ARMS):
-        raise ValueError(f'unknown arm "{arm}", there are {", ".join(ARMS)}')
+    check_variant(variant, (*ARMS, "smoke", *(f"{arm}-smoke" for arm in ARMS)))
+    size = "smoke" if variant.endswith("smoke") else ""
+    arm = variant.removesuffix("smoke").removesuffix("-")
     policy, kl, data = ARMS[arm or "ddrl_low"]
     c = base.get_config()
     c.name = f"hacking:{arm}" if arm else "hacking"

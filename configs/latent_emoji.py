@@ -17,7 +17,7 @@ benchmarks/results/latent_emoji.md.
 from ml_collections import ConfigDict
 
 from configs import base
-from configs.smoke import shrink
+from configs.smoke import check_variant, shrink
 
 ALGORITHMS = ("is", "sf", "rwr", "sparse_rwr")
 REWARDS = ("compressibility", "incompressibility")
@@ -25,6 +25,10 @@ HOME = "runs/latent"
 
 
 def get_config(variant: str = "") -> ConfigDict:
+    rows = tuple(
+        f"{algorithm}-{reward}" for algorithm in ALGORITHMS for reward in REWARDS
+    )
+    check_variant(variant, ("smoke", *rows, *(f"{row}-smoke" for row in rows)))
     c = base.get_config()
     c.model.update(name="stable_diffusion", image_size=0)
     c.data.path = f"{HOME}/pictures"
@@ -36,11 +40,6 @@ def get_config(variant: str = "") -> ConfigDict:
         return shrink(c, variant)
     size = "smoke" if variant.endswith("-smoke") else ""
     algorithm, _, reward = variant.removesuffix("-smoke").partition("-")
-    if algorithm not in ALGORITHMS or reward not in REWARDS:
-        raise ValueError(
-            f'unknown variant "{variant}", there are ALGORITHM-REWARD with '
-            f"{', '.join(ALGORITHMS)} and {', '.join(REWARDS)}"
-        )
     _row(c, algorithm, reward)
     return shrink(c, size)
 

@@ -1,5 +1,7 @@
 """What `:smoke` does to every experiment here: the same row, in seconds, on noise.
 
+No experiment itself; the variants of a file are checked here too.
+
     python -m ddrl_jax.main --config=configs/quickstart.py:smoke --workdir=runs/smoke
 
 A random network of one narrow block, two epochs of sixteen samples: it shows that a row
@@ -9,10 +11,23 @@ runs from the first rollout to the last checkpoint, and nothing about its result
 from ml_collections import ConfigDict
 
 
+class UnknownVariant(ValueError):
+    """A variant that a file does not have; the command line names those it has."""
+
+    def __init__(self, variant: str, known: tuple[str, ...]):
+        super().__init__(f'unknown variant "{variant}", there are {", ".join(known)}')
+        self.variant, self.known = variant, known
+
+
+def check_variant(variant: str, known: tuple[str, ...]) -> None:
+    """Raises UnknownVariant unless it is one of these, or none."""
+    if variant not in ("", *known):
+        raise UnknownVariant(variant, known)
+
+
 def shrink(config: ConfigDict, variant: str) -> ConfigDict:
     """Returns the configuration itself, or made small for the variant "smoke"."""
-    if variant not in ("", "smoke"):
-        raise ValueError(f'unknown variant "{variant}", this file has ":smoke"')
+    check_variant(variant, ("smoke",))
     if not variant:
         return config
     c = config

@@ -13,12 +13,11 @@ Rollout of 20 steps, 10 of them trained, 16 prompts of 16 videos an epoch.
 from ml_collections import ConfigDict
 
 from configs import base
+from configs.smoke import check_variant
 
 
 def get_config(variant: str = "") -> ConfigDict:
-    known = ("", "pod", "lora", "smoke")
-    if variant not in known:
-        raise ValueError(f'unknown variant "{variant}", there are {known[1:]}')
+    check_variant(variant, ("pod", "lora", "smoke"))
     c = base.get_config()
     c.name = "video_14b"
     c.model.update(name="video_dit", init="random", patch=2)

@@ -147,7 +147,7 @@ def _check_emoji(model: Any, lora: Any) -> None:
         way_out="4 to 32 is usual; 0 trains all weights",
     )
     if model.init not in ("assets", "random"):
-        path = Path(model.init).expanduser()
+        path = Path(model.init)
         require(
             path.suffix == ".npz" and path.is_file(),
             "the starting weights do not exist",
@@ -203,7 +203,7 @@ def _check_data(config: Any) -> None:
     )
     if data.source in ("samples", "folder"):
         require(
-            bool(data.path) and Path(data.path).expanduser().is_dir(),
+            bool(data.path) and Path(data.path).is_dir(),
             f'data.path is no folder, which data.source "{data.source}" needs',
             got=repr(data.path),
             wanted="the folder of a data set",

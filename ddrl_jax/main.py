@@ -70,8 +70,7 @@ def main() -> None:
 
 def _dispatch(command: Command, join: bool) -> None:
     """Checks what can be checked without computing, and calls the mode."""
-    mode, config = command.mode, command.config
-    workdir = os.path.expanduser(command.workdir)
+    mode, config, workdir = command.mode, command.config, command.workdir
     if mode == "compare":
         from ddrl_jax.compare import compare_mode
 

@@ -13,7 +13,7 @@ import jax
 import pytest
 from one_message import check_message
 
-from ddrl_jax.command_line import load_config
+from ddrl_jax.config_file import load_config
 from ddrl_jax.main import run
 from ddrl_jax.workdir import open_workdir
 
@@ -64,6 +64,7 @@ ARGUMENTS = {
         + ["--config.mesh.fsdp=4"],
         "does not cover the devices",
     ),
+    "misspelt flag of a plan": ([SMOKE, "--workdir=w", "--plan.device=8"], "--plan.*"),
     "misspelt flag": ([SMOKE, "--workdri=w", "--workdir=w"], 'did you mean "workdir"?'),
     "no flag at all": ([SMOKE, "--workdir=w", "train"], "belongs to no flag"),
     "value apart": ([SMOKE, "--workdir=w", "--config.log.progress", "0"], "got:     0"),
@@ -200,7 +201,7 @@ FILES = {
     "not Python": ("train: {epochs: 3\n", "SyntaxError"),
     "broken": (START + "\n    c.train.epochs ==== 3\n", "line 4"),
     "no get_config": ("config = {}\n", "get_config"),
-    "get_config is no function": ("get_config = 3\n", "TypeError"),
+    "get_config is no function": ("get_config = 3\n", "is no experiment"),
     "raises": ("def get_config():\n    raise RuntimeError('no luck')\n", "no luck"),
     "exits": ("import sys\nsys.exit(3)\n", "SystemExit"),
     "returns a dict": ("def get_config():\n    return {'a': 1}\n", "dict"),
@@ -235,7 +236,31 @@ def test_configuration_files_that_are_no_text(refused, tmp_path):
     refused("which is a folder", f"--config={tmp_path}", "--workdir=w")
     near = f"--config={ROOT}/configs/quickstar.py"
     refused(f'did you mean "{ROOT}/configs/quickstart.py"?', near, "--workdir=w")
-    refused('unknown variant "smok"', SMOKE.removesuffix("e"), "--workdir=w")
+
+
+VARIANTS = {
+    "quickstart.py:smok": 'did you mean "smoke"?',
+    "base.py:smok": 'did you mean "smoke"?',
+    "emoji_pretrain.py:secnd": 'did you mean "second"?',
+    "hacking.py:ddrl": ":ddrl_low-smoke",
+    "hacking.py:ddrl_low-smok": 'did you mean "ddrl_low-smoke"?',
+    "hacking.py:ddrl_lowsmoke": 'did you mean "ddrl_low-smoke"?',
+    "aesthetic.py:drrl": 'did you mean "ddrl"?',
+    "latent_emoji.py:is-compresibility": 'did you mean "is-compressibility"?',
+    "video_14b.py:pods": 'did you mean "pod"?',
+    "ddpo_sd.py": "is no experiment",
+    "smoke.py:smoke": "is no experiment",
+}
+
+
+@pytest.mark.parametrize("spec", VARIANTS)
+def test_variants(spec, refused):
+    refused(VARIANTS[spec], f"--config={ROOT}/configs/{spec}", "--workdir=w")
+
+
+def test_a_file_without_variants(refused, tmp_path):
+    (tmp_path / "mine.py").write_text("def get_config():\n    return None\n")
+    refused("mine.py has no variants", "--config=mine.py:smoke", "--workdir=w")
 
 
 @pytest.mark.parametrize("content", [b"", b"\n  \n", b"a caf\xe9\n"])

@@ -9,7 +9,7 @@ import pytest
 from one_message import check_message
 
 from ddrl_jax.checkpoint import Checkpoints
-from ddrl_jax.command_line import load_config
+from ddrl_jax.config_file import load_config
 from ddrl_jax.workdir import open_workdir
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -7,7 +7,7 @@ import pytest
 from edited_config import configured, refused
 
 from ddrl_jax.check_config import check_config
-from ddrl_jax.command_line import load_config
+from ddrl_jax.config_file import load_config
 
 CONFIGS = pathlib.Path(__file__).resolve().parents[1] / "configs"
 PARTS = {"base", "smoke", "ddpo_sd"}  # of experiments

@@ -16,7 +16,7 @@ import vlm_server
 
 from ddrl_jax.check_config import check_config
 from ddrl_jax.checkpoint import Checkpoints
-from ddrl_jax.command_line import load_config, override
+from ddrl_jax.config_file import load_config, override
 from ddrl_jax.export import export_mode
 from ddrl_jax.models.convert import to_jax
 from ddrl_jax.models.export_diffusers import LORA_FILE

@@ -10,7 +10,9 @@ from pathlib import Path
 import jax
 import pytest
 
-from ddrl_jax.command_line import MODES, load_config, parse
+from ddrl_jax.command_line import MODES, parse
+from ddrl_jax.config_file import PATHS, load_config
+from ddrl_jax.config_rules import flatten
 from ddrl_jax.errors import UserError
 from ddrl_jax.main import run
 
@@ -131,6 +133,28 @@ def test_a_bad_configuration_never_reaches_its_mode(stand_in, capsys):
     assert "train.minibatches" in capsys.readouterr().err
 
 
+def test_a_home_is_spelt_out_once_in_every_path(monkeypatch):
+    monkeypatch.setenv("HOME", "/somewhere")
+    overrides = [f"--config.{key}=~/x" for key in PATHS]
+    command = parse(["main", SMOKE, "--workdir=~/w", *overrides])
+    values = flatten(command.config)
+    assert command.workdir == "/somewhere/w"
+    assert {values[key] for key in PATHS} == {"/somewhere/x"}
+    # of this machine, not of the run: neither stored nor compared as another path
+    assert values["data.cache"].startswith("~")
+    # every key that reads like a path is one
+    paths = {k for k in values if k.split(".")[-1] in ("path", "init", "output")}
+    assert paths <= set(PATHS)
+
+
+def test_a_home_in_a_file_is_spelt_out_too(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", "/somewhere")
+    text = "from configs import base\ndef get_config():\n    c = base.get_config()\n"
+    text += "    c.model.init = '~/mine.npz'\n    return c\n"
+    (tmp_path / "mine.py").write_text(text)
+    assert load_config(str(tmp_path / "mine.py")).model.init == "/somewhere/mine.npz"
+
+
 # ---- how a command ends
 
 
@@ -176,6 +200,8 @@ def test_help_names_every_mode(capsys):
     assert run(["main", "--help"]) == 0
     text = capsys.readouterr().out
     assert all(f"--mode={mode}" in text for mode in MODES)
+    assert "--mode=train     the default: " in text
+    assert ":smoke; its header lists them" in text
 
 
 # ---- the cache of compiled programs

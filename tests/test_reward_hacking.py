@@ -83,7 +83,7 @@ def test_all_arms_are_evaluated_at_the_end_of_the_shortest():
 
 
 def test_an_unknown_arm_is_refused():
-    with pytest.raises(ValueError, match='unknown arm "ddro", there are ddpo'):
+    with pytest.raises(ValueError, match='unknown variant "ddro", there are ddpo'):
         get_config("ddro")
     with pytest.raises(ValueError, match="smoke"):
         get_config("ddpo-smke")

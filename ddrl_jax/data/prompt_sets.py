@@ -170,7 +170,7 @@ def tfds_prompts(name_or_dir: str, feature: str, split: str) -> tuple[str, ...]:
     import tensorflow_datasets as tfds  # slow import, only where data is read
 
     try:
-        folder = Path(name_or_dir).expanduser()
+        folder = Path(name_or_dir)
         if (folder / "dataset_info.json").is_file():
             builder = cast(Any, tfds.builder_from_directory(str(folder)))
         else:

@@ -44,7 +44,7 @@ def resolve(
     Raises:
       UserError: no such folder or repository, no network or no access.
     """
-    path = Path(path_or_repo_id).expanduser()
+    path = Path(path_or_repo_id)
     if path.is_dir():
         return path
     if path.is_file():

@@ -44,7 +44,7 @@ def read_head(path: Path) -> Head:
     Raises:
       UserError: no such file, damaged, or not these five layers.
     """
-    path = Path(path).expanduser()
+    path = Path(path)
     layers = _layers(path, read_tensor_file(path))
     if path.suffix != ".safetensors":
         found = hashlib.sha256(path.read_bytes()).hexdigest()

@@ -107,7 +107,7 @@ def read_tensor_file(path: Path) -> dict[str, Any]:
     Raises:
       UserError: no such file, damaged, or a pickle that asks for more than tensors.
     """
-    path = Path(path).expanduser()
+    path = Path(path)
     if path.suffix != ".safetensors":
         return read_torch_file(path)
     from safetensors import SafetensorError
