@@ -108,9 +108,9 @@ def run(
             # 4. Evaluate.
             every = config.evaluate.every
             last = epoch == config.train.epochs
-            if last or (every and epoch % every == 0):
-                with timer.aside():
-                    values |= evaluation.run(state, metrics, epoch)
+            due = last or (every and epoch % every == 0)
+            with timer.aside():
+                values |= evaluation.run(state, metrics, epoch) if due else {}
             metrics.write(epoch, values)
             bar.update(epoch, values)
             # 5. Save.
