@@ -23,6 +23,11 @@ CONTEXT = "context"
 Body = Callable[[Array, Array, Array, Array | None], Array]
 
 
+def divided(mesh: Mesh | None) -> bool:
+    """Whether the tokens of a sample lie on several devices."""
+    return mesh is not None and mesh.shape[CONTEXT] > 1
+
+
 def on_shards(
     body: Body,
     q: Array,

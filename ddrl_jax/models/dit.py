@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
 from ddrl_jax.models.attention import attention
+from ddrl_jax.models.context_parallel import divided
 from ddrl_jax.models.layers import Dense, rms_norm, time_features, weight
 from ddrl_jax.models.remat import mark, remat
 from ddrl_jax.sharding import constrain
@@ -210,11 +211,6 @@ class DiT(nn.Module):
             name="blocks",
         )
         return layer(x, c, mask)[0]
-
-
-def divided(mesh: Mesh | None) -> bool:
-    """Whether the tokens of a sample lie on several devices."""
-    return mesh is not None and mesh.shape["context"] > 1
 
 
 def place(x: Float[Array, "b l d"], mesh: Mesh | None) -> Float[Array, "b l d"]:

@@ -115,7 +115,10 @@ class VideoBlock(nn.Module):
 
     def _dense(self, features: int, axes: tuple[str, str], name: str) -> Dense:
         return Dense(
-            features, axes, self.dtype, self.rank, self.alpha, use_bias=False, name=name
+            *(features, axes, self.dtype, self.rank, self.alpha),
+            use_bias=False,
+            flat=self.layout.flat,
+            name=name,
         )
 
     def _heads(self, x: Array, name: str) -> Array:
@@ -190,7 +193,8 @@ class VideoDiT(nn.Module):
     def _head(self, features: int, name: str, x: Array, zero: bool = False) -> Array:
         axes = ("embed", "mlp") if x.shape[-1] >= features else ("mlp", "embed")
         axes = ("embed", "mlp") if name == "modulation" else axes
-        return Dense(features, axes, self.dtype, zero=zero, name=name)(x)
+        head = {"dtype": self.dtype, "zero": zero, "flat": self.layout.flat}
+        return Dense(features, axes, name=name, **head)(x)
 
     def _modulation(self, time: Array) -> tuple[Array, Array]:
         """The vector of time [b d], and shift, scale and gate for a block [b 6 d]."""

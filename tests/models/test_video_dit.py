@@ -158,6 +158,42 @@ def test_any_mesh_gives_the_numbers_of_one_device(tiny, sizes):
         np.testing.assert_allclose(b, a, rtol=1e-4, atol=1e-5 * jnp.abs(a).max())
 
 
+# What the attention of divided tokens sends; nothing else in a block sends tokens.
+SENDS = {"ulysses": "all-to-all", "ring": "collective-permute"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("impl", SENDS)
+@pytest.mark.parametrize("sizes", [{"context": 2}, {"data": 2, "context": 4}])
+def test_divided_tokens_give_the_numbers_of_one_device(tiny, sizes, impl):
+    pipeline, params, batch = tiny
+    (_, out), grads = with_output(pipeline)(params, *batch)
+    mesh = make_mesh({"data": 1, "fsdp": 1, "tensor": 1, "context": 1} | sizes)
+    split = video_dit_pipeline(config(attention=impl), mesh)
+    placed = jax.device_put(
+        params, params_shardings(split.axes["params"], params, mesh)
+    )
+    inputs = (placed, *place_batch(mesh, batch))
+    program = with_output(split).lower(*inputs).compile()
+    (_, found), others = program(*inputs)
+    np.testing.assert_allclose(found, out, rtol=0, atol=2e-6 * jnp.abs(out).max())
+    for a, b in zip(jax.tree.leaves(grads), jax.tree.leaves(others), strict=True):
+        np.testing.assert_allclose(b, a, rtol=0, atol=1e-5 * jnp.abs(a).max())
+    inside = [line for line in program.as_text().splitlines() if "/blocks/" in line]
+    assert any(f" {SENDS[impl]}" in line and "_among_tokens" in line for line in inside)
+    assert not any(" all-gather" in line for line in inside)
+
+
+def with_output(pipeline):
+    """A jitted (params, batch) -> ((loss, output), gradients)."""
+
+    def loss(params, *batch):
+        out = pipeline.denoise(params, None, *batch)
+        return jnp.mean(jnp.sin(out)), out
+
+    return jax.jit(jax.value_and_grad(loss, has_aux=True))
+
+
 def test_recomputing_changes_nothing(tiny):
     pipeline, params, batch = tiny
     none = video_dit_pipeline(config(remat="none"))
