@@ -24,6 +24,7 @@ from tqdm import tqdm
 from ddrl_jax.errors import UserError
 
 STAGES: tuple[str, ...] = ("rollout", "reward", "update")
+ONLY_AT_END = "only_at_end"  # key: names of values of a run that ends here
 _RECENT = 10  # epochs whose median duration gives the time left
 
 
@@ -64,7 +65,7 @@ class Metrics:
 
         Args:
           step: epochs done.
-          values: numbers, 0-d arrays or text.
+          values: numbers, 0-d arrays or text; under ONLY_AT_END a tuple of keys.
 
         Raises:
           UserError: the line could not be written (full disk).
@@ -138,7 +139,7 @@ def as_line(step: int, values: Mapping[str, Any]) -> dict[str, Any]:
     line: dict[str, Any] = {"step": int(step)}
     nonfinite = []
     for key, value in values.items():
-        value = value if isinstance(value, str) else np.asarray(value).item()
+        value = value if isinstance(value, str | tuple) else np.asarray(value).item()
         if isinstance(value, float) and not math.isfinite(value):
             nonfinite.append(key)
             value = None

@@ -14,7 +14,8 @@ from ddrl_jax.draws import draw_chunks
 from ddrl_jax.evaluate import Evaluation
 from ddrl_jax.interfaces import Reward
 from ddrl_jax.learner import TrainState
-from ddrl_jax.metrics import Metrics, ProgressBar, Timer
+from ddrl_jax.metrics import ONLY_AT_END, Metrics, ProgressBar, Timer
+from ddrl_jax.metrics_file import continue_from
 from ddrl_jax.mfu import Utilization
 from ddrl_jax.preemption import Preemption
 from ddrl_jax.profile import Epochs, Profile
@@ -74,7 +75,7 @@ def run(
             print(f"{home.root}: all {epoch} epochs are done", flush=True)
         return
     if is_main():
-        home.truncate_metrics(epoch if epoch else -1)
+        continue_from(home, epoch if epoch else -1)
     if config.policy.weight and config.policy.term not in WEIGHTED:
         check_ratio(program, state)
     evaluation, timer = Evaluation(program, rewards), Timer()
@@ -108,9 +109,11 @@ def run(
             # 4. Evaluate.
             every = config.evaluate.every
             last = epoch == config.train.epochs
-            due = last or (every and epoch % every == 0)
-            with timer.aside():
-                values |= evaluation.run(state, metrics, epoch) if due else {}
+            due = every and epoch % every == 0
+            if last or due:
+                with timer.aside():
+                    found = evaluation.run(state, metrics, epoch)
+                values |= found | ({} if due else {ONLY_AT_END: tuple(found)})
             metrics.write(epoch, values)
             bar.update(epoch, values)
             # 5. Save.

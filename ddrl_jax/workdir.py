@@ -55,7 +55,7 @@ class Workdir:
 
     @property
     def discarded(self) -> Path:
-        """The metrics of epochs that a restart ran again."""
+        """Metrics of epochs that a restart ran again; see `ddrl_jax.metrics_file`."""
         return self.root / "metrics.discarded.jsonl"
 
     @property
@@ -92,32 +92,6 @@ class Workdir:
         if self._lock is not None:
             os.close(self._lock)
         self._lock = None
-
-    def truncate_metrics(self, step: int) -> int:
-        """Moves the metrics after a restored epoch out of metrics.jsonl.
-
-        They are appended to metrics.discarded.jsonl, with any line that a kill has cut
-        short, so that nothing is lost and metrics.jsonl has one line an epoch.
-
-        Args:
-          step: the last `step` that stays; -1 moves every line.
-
-        Returns:
-          The number of lines moved.
-        """
-        if not self.metrics.exists():
-            return 0
-        lines = self.metrics.read_bytes().splitlines(keepends=True)
-        kept = [line for line in lines if _step_of(line) <= step]
-        moved = [line for line in lines if _step_of(line) > step]
-        if moved:
-            # First the copy, then the cut: a kill between them leaves both.
-            with self.discarded.open("ab") as file:
-                file.writelines(line.rstrip(b"\n") + b"\n" for line in moved)
-                file.flush()
-                os.fsync(file.fileno())
-            _replace(self.metrics, b"".join(kept))
-        return len(moved)
 
 
 def open_workdir(
@@ -195,6 +169,21 @@ def differing_keys(
     }
 
 
+def replace_file(path: Path, content: bytes) -> None:
+    """Writes a file so that a kill leaves either the old one or the new one.
+
+    Args:
+      path: of the file.
+      content: all of it.
+    """
+    draft = path.with_name(path.name + ".tmp")
+    with draft.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    draft.replace(path)
+
+
 def _settle_config(workdir: Workdir, wanted: dict[str, Any]) -> None:
     if not workdir.config.exists():
         foreign = [p.name for p in (workdir.checkpoints, workdir.metrics) if p.exists()]
@@ -208,7 +197,7 @@ def _settle_config(workdir: Workdir, wanted: dict[str, Any]) -> None:
     else:
         _refuse_other_config(workdir, wanted)
     text = json.dumps(_nested(wanted), indent=2, sort_keys=True) + "\n"
-    _replace(workdir.config, text.encode())
+    replace_file(workdir.config, text.encode())
 
 
 def _refuse_other_config(workdir: Workdir, wanted: dict[str, Any]) -> None:
@@ -319,24 +308,6 @@ def _nested(flat: Mapping[str, Any]) -> dict[str, Any]:
             place = place.setdefault(parent, {})
         place[last] = value
     return nested
-
-
-def _step_of(line: bytes) -> int | float:
-    """The step of a line of metrics.jsonl; infinity where the line is cut short."""
-    try:
-        return json.loads(line)["step"] if line.endswith(b"\n") else float("inf")
-    except (ValueError, KeyError, TypeError):
-        return float("inf")
-
-
-def _replace(path: Path, content: bytes) -> None:
-    """Writes a file so that a kill leaves either the old one or the new one."""
-    draft = path.with_name(path.name + ".tmp")
-    with draft.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    draft.replace(path)
 
 
 def _unusable(root: Path, got: object, wanted: str) -> UserError:

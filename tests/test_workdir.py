@@ -166,37 +166,3 @@ def test_the_lock_of_a_killed_process_is_free(tmp_path):
         other.kill()
         other.wait()
         start(tmp_path)
-
-
-# --- Metrics of epochs that are run again
-
-
-def lines(*steps) -> str:
-    return "".join(
-        json.dumps({"step": step, "reward": step / 2}) + "\n" for step in steps
-    )
-
-
-@pytest.mark.parametrize(
-    ("restored", "kept", "moved"),
-    [(3, (1, 2, 3), (4, 5)), (5, (1, 2, 3, 4, 5), ()), (-1, (), (1, 2, 3, 4, 5))],
-)
-def test_metrics_after_the_restored_epoch_move_away(tmp_path, restored, kept, moved):
-    with open_workdir(tmp_path, get_config()) as home:
-        home.metrics.write_text(lines(1, 2, 3, 4, 5))
-        assert home.truncate_metrics(restored) == len(moved)
-        assert home.metrics.read_text() == lines(*kept)
-        discarded = home.discarded.read_text() if home.discarded.exists() else ""
-    assert discarded == lines(*moved)
-
-
-def test_nothing_is_lost_over_several_restarts_and_torn_lines(tmp_path):
-    with open_workdir(tmp_path, get_config()) as home:
-        assert home.truncate_metrics(3) == 0  # no file yet
-        home.metrics.write_text(lines(1, 2, 3) + '{"step": 4, "rew')
-        home.truncate_metrics(2)
-        home.metrics.write_text(lines(1, 2) + lines(3, 4))
-        home.truncate_metrics(3)
-        assert home.metrics.read_text() == lines(1, 2, 3)
-        discarded = home.discarded.read_text()
-    assert discarded == lines(3) + '{"step": 4, "rew\n' + lines(4)
