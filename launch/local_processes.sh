@@ -44,6 +44,7 @@ done
 
 # shellcheck disable=SC2317,SC2329 # called by the traps
 hand_on() {
+  told=yes
   kill -s "$1" "${pids[@]}" 2>/dev/null
 }
 trap 'hand_on TERM' TERM
@@ -51,11 +52,12 @@ trap 'hand_on INT' INT
 
 status=0
 for pid in "${pids[@]}"; do
-  # a trapped signal ends `wait` early, so it is repeated while the process lives
+  # a trapped signal ends `wait` early; the shell keeps the status of what has ended
   while
+    told=
     wait "$pid"
     code=$?
-    kill -0 "$pid" 2>/dev/null
+    [ "$told" ]
   do :; done
   [ "$status" -eq 0 ] && status=$code
 done

@@ -85,6 +85,25 @@ def test_the_launcher_hands_on_signals_and_statuses(tmp_path):
     )
 
 
+def test_a_process_that_ends_while_its_signal_is_handed_on_has_its_own_status(tmp_path):
+    stand_in = tmp_path / "python"
+    stand_in.write_text(STAND_IN)
+    stand_in.chmod(0o755)
+    # The launcher's kill returns when the process it has told is long gone.
+    slow = '() { builtin kill "$@"; local status=$?; sleep 1; return $status; }'
+    more = {"PYTHON": str(stand_in), "FAILING": "", "BASH_FUNC_kill%%": slow}
+    with subprocess.Popen(
+        [ROOT / "launch" / "local_processes.sh", "1", "1", "--", "x"],
+        env=os.environ | more,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as child:
+        assert child.stdout.readline() == "ready 0\n"
+        child.terminate()
+        told, _ = child.communicate(timeout=30)
+    assert told == "told 0\n" and child.returncode == 0
+
+
 # ---- real processes
 
 pytest_slow = pytest.mark.slow
