@@ -2,18 +2,14 @@
 
 import base64
 import html
-import io
 import json
-import math
 import os
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-
+from ddrl_jax.curves import Rows, curves, series_of
 from ddrl_jax.errors import UserError
 
 _STYLE = """
@@ -32,34 +28,12 @@ img { max-width: 100%; } .pair { display: flex; gap: 1rem; flex-wrap: wrap; }
 """
 
 
-class _Curve(NamedTuple):
-    """One panel: its title, the keys it draws (a regular expression) and a note."""
-
-    title: str
-    keys: str
-    note: str = ""
-    log: bool = False
-
-
-_CURVES = (
-    _Curve("Reward (trained)", r"reward/.+"),
-    _Curve("Held-out judge (never trained on)", r"heldout/.+"),
-    _Curve("Data loss", r"data/(loss|heldout_loss)", "of the diffusion model itself"),
-    _Curve("Diversity", r"diversity/.+"),
-    _Curve("Ratio deviation", r"policy/ratio_max_deviation", "0 when exact"),
-    _Curve("Policy", r"policy/(approx_kl|clip_fraction)"),
-    _Curve("Gradient norm", r"grad_norm", log=True),
-    _Curve("Samples per second", r"samples_per_second"),
-)
-_SHARES = r"time/(rollout|reward|update|rest|evaluate|checkpoint)"
 _SUMMARY = (
     "model.name", "model.init", "data.source", "sampler.kernel", "sampler.steps",
     "rewards.weights", "advantages.kind", "policy.term", "policy.weight", "policy.beta",
     "policy.transform", "policy.kl_weight", "data_term.weight", "data_term.levels",
     "prompts.per_epoch", "prompts.group_size", "train.epochs", "optimizer.lr", "seed",
 )  # fmt: skip
-
-Rows = list[dict[str, Any]]
 
 
 class _Run(NamedTuple):
@@ -125,7 +99,7 @@ def _read(root: Path) -> _Run:
     discarded = root / "metrics.discarded.jsonl"
     if discarded.exists():
         count = len(discarded.read_bytes().splitlines())
-        missing.append(f"{count} lines of epochs run again are in {discarded.name}")
+        missing.append(f"{count} lines of {discarded.name}: epochs run again, or ends")
     wanted = config.get("train", {}).get("epochs")
     done = rows[-1].get("step") if rows else 0
     if wanted is not None and (done or 0) < wanted:
@@ -207,80 +181,17 @@ def _pictures(run: _Run) -> Iterable[str]:
 
 
 def _curves(run: _Run) -> Iterable[str]:
-    absent = []
+    pictures, absent = curves(run.rows)
     yield '<div class="curves">'
-    for curve in _CURVES:
-        series = _series(run.rows, curve.keys)
-        if series:
-            yield _image(_draw_curve(curve, series), curve.title)
-        else:
-            absent.append(curve.title.lower())
-    shares = _series(run.rows, _SHARES)
-    if shares:
-        yield _image(_draw_shares(shares), "where the time goes")
-    else:
-        absent.append("time per stage")
+    for title, picture in pictures:
+        yield _image(picture, title)
     yield "</div>"
     if absent:
         yield _missing(f"Not in metrics.jsonl: {', '.join(absent)}.")
 
 
-def _series(rows: Rows, keys: str) -> dict[str, tuple[list[int], list[int | float]]]:
-    """(steps, values) of each key that matches; null and text are left out."""
-    found: dict[str, tuple[list[int], list[int | float]]] = {}
-    for row in rows:
-        for key, value in row.items():
-            number = isinstance(value, int | float) and math.isfinite(value)
-            if number and "step" in row and re.fullmatch(keys, key):
-                steps, values = found.setdefault(key, ([], []))
-                steps.append(row["step"])
-                values.append(value)
-    return found
-
-
-def _draw_curve(curve: _Curve, series: dict[str, tuple[list, list]]) -> bytes:
-    figure = Figure(figsize=(5.2, 2.9), layout="constrained")
-    axes = figure.add_subplot()
-    spread = {key for key in series if key.endswith("/std")}
-    for key, (steps, values) in series.items():
-        if key not in spread:
-            axes.plot(steps, values, marker="." if len(steps) < 40 else "", label=key)
-    axes.set_title(f"{curve.title} {f'({curve.note})' if curve.note else ''}", size=10)
-    if curve.log and all(
-        value > 0 for _, values in series.values() for value in values
-    ):
-        axes.set_yscale("log")
-    _finish(axes)
-    return _png(figure)
-
-
-def _draw_shares(series: dict[str, tuple[list, list]]) -> bytes:
-    """The share of each stage in each epoch, stacked to 100 %."""
-    figure = Figure(figsize=(5.2, 2.9), layout="constrained")
-    axes = figure.add_subplot()
-    steps = sorted({step for steps, _ in series.values() for step in steps})
-    seconds = {key: dict(zip(*pair, strict=True)) for key, pair in series.items()}
-    totals = [sum(found.get(step, 0) for found in seconds.values()) for step in steps]
-    base = [0.0] * len(steps)
-    for key, found in seconds.items():
-        pairs = zip(steps, totals, strict=True)
-        share = [100 * found.get(step, 0) / (total or 1) for step, total in pairs]
-        axes.bar(steps, share, width=1.0, bottom=base, label=key)
-        base = [low + part for low, part in zip(base, share, strict=True)]
-    axes.set_title("Where the time goes (% of an epoch)", size=10)
-    _finish(axes)
-    return _png(figure)
-
-
-def _finish(axes: Any) -> None:
-    axes.set_xlabel("epoch", size=8)
-    axes.tick_params(labelsize=8)
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize=7)
-
-
 def _first_last(rows: Rows) -> Iterable[str]:
-    series = _series(rows, r"(?!step$).+")
+    series = series_of(rows, r"(?!step$).+")
     if not series:
         yield _missing("No numbers in metrics.jsonl.")
         return
@@ -342,9 +253,3 @@ def _missing(text: str) -> str:
 def _image(content: bytes, alt: str) -> str:
     uri = "data:image/png;base64," + base64.b64encode(content).decode()
     return f'<img src="{uri}" alt="{html.escape(alt)}">'
-
-
-def _png(figure: Figure) -> bytes:
-    buffer = io.BytesIO()
-    FigureCanvasAgg(figure).print_png(buffer)
-    return buffer.getvalue()

@@ -20,8 +20,24 @@ VAGUE = {"utils", "util", "helpers", "helper", "common", "misc"}
 # that fits wins, and an entry allows the module it names and all below that one.
 # `errors` and `interfaces` are open to everybody and are added to every row.
 EVERYBODY = ("errors", "interfaces")
-PLUMBING = ("optim", "sharding", "metrics", "workdir", "preemption", "pictures")
-PLUMBING += ("checkpoint", "fingerprint", "checksum", "orbax_log", "report", "skipped")
+PLUMBING = (
+    "optim",
+    "sharding",
+    "metrics",
+    "metrics_file",
+    "workdir",
+    "preemption",
+    "pictures",
+)
+PLUMBING += (
+    "checkpoint",
+    "fingerprint",
+    "checksum",
+    "orbax_log",
+    "report",
+    "skipped",
+    "curves",
+)
 MEASURES = ("flops", "chips", "profile")
 CHECKS = ("config_rules", "check_config", "check_objective")
 CHECKS += ("config_file", "command_line")
@@ -64,6 +80,8 @@ IMPORT_TABLE: dict[str, tuple[str, ...]] = {
     **{name: () for name in MEASURES},
     "checkpoint": ("fingerprint", "orbax_log", "distributed"),
     "fingerprint": ("checksum",),
+    "report": ("curves",),
+    "metrics_file": ("metrics", "workdir"),
     **{
         name: ("diffusion", "models", "rewards", "data", "terms", *CHECKS)
         for name in CHECKS

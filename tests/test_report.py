@@ -26,6 +26,9 @@ ROWS = [
         "time/update": 5.0,
         "time/rest": 1.0,
         "grad_norm": 0.5,
+        "perf/mfu_rollout": 0.25,
+        "perf/mfu_update": 0.5,
+        "perf/tflops": 100.0,
     },
     {
         "step": 2,
@@ -133,6 +136,8 @@ def test_every_kind_of_curve_that_has_values_is_drawn(run):
         "Diversity",
         "Ratio deviation",
         "Gradient norm",
+        "Share of the peak FLOP/s (MFU)",
+        "TFLOP/s of a device",
         "where the time goes",
     }
 
@@ -150,7 +155,10 @@ def test_what_a_run_lacks_is_named(tmp_path):
 
 def test_metrics_of_epochs_run_again_are_mentioned(run):
     (run / "metrics.discarded.jsonl").write_text("{}\n{}\n")
-    assert "2 lines of epochs run again" in Page(write_report(run)).text
+    assert (
+        "2 lines of metrics.discarded.jsonl: epochs run again"
+        in Page(write_report(run)).text
+    )
 
 
 @pytest.mark.parametrize("content", ["", "not json", '{"step": 1, "note": "text"}\n'])
