@@ -107,13 +107,9 @@ def run(
             values |= speeds(config, values, epoch)
             values |= utilization(batch.chunks, values)
             # 4. Evaluate.
-            every = config.evaluate.every
             last = epoch == config.train.epochs
-            due = every and epoch % every == 0
-            if last or due:
-                with timer.aside():
-                    found = evaluation.run(state, metrics, epoch)
-                values |= found | ({} if due else {ONLY_AT_END: tuple(found)})
+            with timer.aside():
+                values |= evaluate(evaluation, config, state, metrics, epoch)
             metrics.write(epoch, values)
             bar.update(epoch, values)
             # 5. Save.
@@ -178,6 +174,18 @@ def update_epoch(
     history = jax.device_get(history)
     report_skipped(history, leaf_names(state.params), config.train.nan_limit, epoch + 1)
     return state, _summary(history)
+
+
+def evaluate(
+    evaluation: Evaluation, config: Any, state: TrainState, metrics: Metrics, epoch: int
+) -> dict[str, Any]:
+    """Evaluates every config.evaluate.every epochs and at the end of the run."""
+    every, last = config.evaluate.every, epoch == config.train.epochs
+    due = every and epoch % every == 0
+    if not last and not due:
+        return {}
+    found = evaluation.run(state, metrics, epoch)
+    return found | ({} if due else {ONLY_AT_END: tuple(found)})
 
 
 def make_pool(program: Program, rewards: dict[str, Reward]) -> RewardPool:
