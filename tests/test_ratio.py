@@ -59,9 +59,8 @@ def assert_the_network_speaks(program, state):
     shape = (4, *program.pipeline.latent_shape)
     z = jax.random.normal(jax.random.key(5), shape)
     cond = jax.tree.map(lambda c: c[:4], program.cond_table)
-    v = program.objective.apply(
-        state.params, program.frozen, z, jnp.linspace(0.1, 0.9, 4), cond
-    )
+    apply = jax.jit(program.objective.apply)  # one program, not one an operation
+    v = apply(state.params, program.frozen, z, jnp.linspace(0.1, 0.9, 4), cond)
     assert float(jnp.min(jnp.max(jnp.abs(v), axis=(1, 2, 3)))) > 0.1
 
 

@@ -11,6 +11,7 @@ from ddrl_jax import program as program_module
 from ddrl_jax.draws import draw_chunks
 from ddrl_jax.interfaces import DataSource
 from ddrl_jax.program import Program, build
+from ddrl_jax.sharding import place_batch
 
 WORDS = ("cat", "dog", "red apple", "shaved ice")
 TINY = {
@@ -91,11 +92,12 @@ def chunks_with_trajectories(program: Program, state: Any, prompts: Any) -> list
     """The first epoch's chunks, rolled out at every noisy step, advantages +-1."""
     size = program.chunk
     steps = np.flatnonzero(program.kernel.stochastic).astype(np.int32)
-    trained = jnp.asarray(np.repeat(steps[:, None], size, 1))
+    # placed and typed as the self-test's, so that both use the same compiled programs
+    trained = place_batch(program.mesh, np.repeat(steps[:, None], size, 1), axis=1)
     chunks = []
     for number, chunk in enumerate(draw_chunks(program, prompts, 0, 0)):
         sample = number * size + jnp.arange(size)
-        advantages = jnp.where(sample % 2, 1.0, -1.0)
+        advantages = jnp.where(sample % 2, 1.0, -1.0).astype(jnp.float32)
         weights = program.sampling(state.params, program.frozen)
         _, trajectory, _ = program.rollout(*weights, chunk.keys, chunk.cond, trained)
         chunks.append(
