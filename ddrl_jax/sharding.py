@@ -39,7 +39,8 @@ def make_mesh(sizes: Any) -> Mesh:
       sizes: config.mesh, or any mapping axis -> size; one may be -1: what is left.
 
     Raises:
-      UserError: the slices divide neither data nor data x fsdp.
+      UserError: the slices divide neither data nor data x fsdp, or the links of a slice
+        can not carry the mesh.
     """
     shape = [sizes[a] for a in AXES]
     if -1 in shape:
@@ -48,17 +49,48 @@ def make_mesh(sizes: Any) -> Mesh:
     types = (AxisType.Auto,) * len(AXES)
     slices = _slices(jax.devices())
     if len(slices) == 1:
-        return jax.make_mesh(shape, AXES, axis_types=types)
-    return Mesh(hybrid_grid(shape, slices), AXES, axis_types=types)
+        grid = slice_grid(shape, slices[0][: math.prod(shape)])
+    else:
+        grid = hybrid_grid(shape, slices)
+    return Mesh(grid, AXES, axis_types=types)
 
 
 def _slices(devices: list) -> list[list]:
     """Devices by slice; processes of one machine's CPUs are no slices."""
     found: dict[int, list] = {}
     for device in devices:
-        cpu = device.platform == "cpu"
-        found.setdefault(0 if cpu else device.slice_index, []).append(device)
+        # of GPUs jaxlib calls it partition_index, and has both names meanwhile
+        names = () if device.platform == "cpu" else ("slice_index", "partition_index")
+        index = next((getattr(device, n) for n in names if hasattr(device, n)), 0)
+        found.setdefault(index, []).append(device)
     return [found[i] for i in sorted(found)]
+
+
+def slice_grid(shape: Sequence[int], devices: list) -> np.ndarray:
+    """Returns the devices of one slice as [data, fsdp, tensor, context].
+
+    A mesh axis may take a part of an axis of a TPU's torus: most meshes with two axes
+    or more need it (fsdp 16 x context 4 on 4 x 4 x 4 chips does not, on 8 x 8 it does).
+
+    Args:
+      shape: of the mesh.
+      devices: as many as it has places.
+
+    Raises:
+      UserError: the torus can not be divided so, or these are not all of its devices.
+    """
+    try:
+        return mesh_utils.create_device_mesh(
+            shape, devices, allow_split_physical_axes=True
+        )
+    except (NotImplementedError, ValueError, AssertionError) as error:
+        sizes = ", ".join(f"{a} {n}" for a, n in zip(AXES, shape, strict=True))
+        raise UserError(
+            "the mesh can not be laid over the links of these devices",
+            got=f"{sizes} on {len(devices)} x {devices[0].device_kind}",
+            wanted="all devices of a slice, and sizes that its torus can be divided by",
+            way_out="set one size of config.mesh to -1, and the others to powers of 2",
+        ) from error
 
 
 def hybrid_grid(shape: Sequence[int], slices: list[list]) -> np.ndarray:
@@ -79,7 +111,7 @@ def hybrid_grid(shape: Sequence[int], slices: list[list]) -> np.ndarray:
             way_out=f"set mesh.data to a multiple of {len(slices)}",
         )
     inner = (shape[0] // over_data, shape[1] // over_fsdp, *shape[2:])
-    grids = [mesh_utils.create_device_mesh(inner, devices) for devices in slices]
+    grids = [slice_grid(inner, devices) for devices in slices]
     grid = np.stack(grids).reshape(over_data, over_fsdp, *inner)
     return grid.transpose(0, 2, 1, 3, 4, 5).reshape(shape)
 

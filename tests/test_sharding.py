@@ -27,6 +27,7 @@ from ddrl_jax.sharding import (
     params_shardings,
     place_batch,
     replicated,
+    slice_grid,
     spec_for,
     table,
     to_host,
@@ -275,6 +276,43 @@ def test_slices_are_crossed_by_data_first_then_fsdp(shape, count, crossing):
     where = np.vectorize(lambda d: d.slice_index)(grid)
     changes = {a for a in range(4) if np.any(np.diff(where, axis=a))}
     assert changes == crossing
+
+
+def torus(kind, *sides):
+    """TPUs as their own description has them: one core a chip, coordinates."""
+    return [
+        types.SimpleNamespace(
+            id=i,
+            process_index=i // 4,
+            platform="tpu",
+            device_kind=kind,
+            coords=(*at, 0, 0)[:3],
+            core_on_chip=0,
+            slice_index=0,
+        )
+        for i, at in enumerate(np.ndindex(*sides))
+    ]
+
+
+@pytest.mark.parametrize(
+    ("kind", "sides", "shape"),
+    [
+        ("TPU v5", (4, 8, 8), (4, 16, 1, 4)),  # the plan of the README
+        ("TPU v6 lite", (8, 8), (1, 16, 1, 4)),
+        ("TPU v6 lite", (4, 4), (8, 2, 1, 1)),
+        ("TPU v5", (2, 4, 4), (2, 8, 1, 2)),
+        ("TPU v5 lite", (4, 4), (2, 2, 2, 2)),
+    ],
+)
+def test_a_mesh_may_divide_the_axes_of_a_torus(kind, sides, shape):
+    grid = slice_grid(shape, torus(kind, *sides))
+    assert grid.shape == shape
+    assert sorted(d.id for d in grid.flat) == list(range(np.prod(sides)))
+
+
+def test_a_mesh_that_no_torus_has_is_one_message():
+    with pytest.raises(UserError, match="can not be laid over the links"):
+        slice_grid((3, 3, 1, 1), torus("TPU v5", 2, 4, 4)[:9])
 
 
 def test_tensor_may_not_cross_slices():
