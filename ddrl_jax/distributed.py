@@ -111,7 +111,7 @@ def joined(where: Place | None) -> Iterator[None]:
 
     try:
         watch = Watch(global_state.client, str(global_state.coordinator_address))
-    except OSError as error:
+    except (OSError, RuntimeError) as error:  # a socket's, or the service's
         raise _not_together(where, error) from error
     try:
         yield

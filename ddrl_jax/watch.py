@@ -22,6 +22,7 @@ from ddrl_jax.errors import UserError
 MEETING = "ddrl_jax/watch"  # where process 0 says how it is reached
 END = "ddrl_jax/end"  # the barrier after which connections may close
 PATIENCE = 60  # seconds until all are connected
+HELLO = 5.0  # seconds in which whoever calls has to say who it is
 ECHO = 3.0  # seconds in which the cause of an error of ours may show in another process
 FAREWELL = 3.0  # seconds that process 0 waits for the others to have read
 FOREVER_MS = 30 * 24 * 3600 * 1000
@@ -81,13 +82,17 @@ class Watch:
                 self._welcome(server.accept()[0], token)
 
     def _welcome(self, call: socket.socket, token: str) -> None:
-        call.settimeout(PATIENCE)
-        hello = json.loads(call.makefile().readline() or "{}")
-        if hello.get("token") != token:  # nobody of ours
+        """Takes a call in, if it is one of ours: anybody can find an open port."""
+        call.settimeout(HELLO)
+        try:
+            key, name = json.loads(call.makefile("rb", 0).readline(4096))
+        except (OSError, ValueError, TypeError):
+            key, name = "", ""
+        if key != token:
             call.close()
             return
         call.settimeout(None)
-        self._names[call] = hello["name"]
+        self._names[call] = name
 
     def _connect(self) -> None:
         """The others: call process 0."""
@@ -96,7 +101,7 @@ class Watch:
         call = socket.create_connection((host, port), timeout=PATIENCE)
         call.settimeout(None)
         self._names[call] = f"process 0 at {host}"
-        self._send({"token": token, "name": self._me()})
+        call.sendall(json.dumps([token, self._me()]).encode() + b"\n")
 
     def _send(self, message: dict[str, Any]) -> None:
         for call in self._names:
