@@ -208,7 +208,7 @@ def get_config(variant: str = "") -> ConfigDict:
     c.evaluate.pictures = 16  # of them in the grid
 
     c.checkpoint = ConfigDict()
-    c.checkpoint.every = 5  # epochs
+    c.checkpoint.every = 1  # epochs: what a kill without notice can cost
     c.checkpoint.keep = 2
     c.checkpoint.resume = "latest"  # "latest" | "last_good" (skip a damaged one)
 

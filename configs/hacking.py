@@ -59,6 +59,7 @@ def get_config(variant: str = "") -> ConfigDict:
     c.optimizer.update(lr=4e-4, warmup=10, ema_decay=0.95)
     # every prompt twice, so that the diversity within a prompt can be measured
     c.evaluate.update(every=7, samples=128, data_samples=64, pictures=16)
+    c.checkpoint.every = 5
     c.evaluate.solver = "rollout"  # judged as it is trained: with the SDE's noise
     c = shrink(c, size)
     if size:

@@ -39,12 +39,13 @@ def report_skipped(
         if metrics["bad_leaf"] < 0:
             continue
         name, row = names[int(metrics["bad_leaf"])], int(metrics["bad_updates"])
-        print(
-            f"epoch {epoch}: skipped update {number} of {len(history)}, {row} in a row:"
-            f" the gradient of {name} is not finite",
-            file=sys.stderr,
-            flush=True,
-        )
+        if jax.process_index() == 0:  # all processes have the same metrics
+            print(
+                f"epoch {epoch}: skipped update {number} of {len(history)}, {row} in a"
+                f" row: the gradient of {name} is not finite",
+                file=sys.stderr,
+                flush=True,
+            )
         if row >= limit:
             raise UserError(
                 "the gradients are not finite",

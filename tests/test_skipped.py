@@ -83,6 +83,12 @@ def test_single_skips_are_a_line_each(capsys):
     assert "update 4 of 4, 1 in a row" in lines[1] and "of x" in lines[1]
 
 
+def test_of_several_processes_one_says_it(capsys, monkeypatch):
+    monkeypatch.setattr(jax, "process_index", lambda: 1)
+    report_skipped(history(-1, 2, -1, 0), ["x", "y", "z"], 2, 7)
+    assert not capsys.readouterr().err
+
+
 def test_too_many_in_a_row_stop_though_a_good_one_follows():
     with pytest.raises(UserError, match="(?s)2 updates in a row.*is z.*nan_limit"):
         report_skipped(history(-1, 1, 2, -1), ["x", "y", "z"], 2, 7)
