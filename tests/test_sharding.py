@@ -1,7 +1,5 @@
 """Where arrays live: specs that always divide, and the same numbers on any mesh."""
 
-import types
-
 import jax
 import numpy as np
 import optax
@@ -22,12 +20,10 @@ from ddrl_jax.errors import UserError
 from ddrl_jax.self_test import check_ratio, ratio_deviations
 from ddrl_jax.sharding import (
     RULES,
-    hybrid_grid,
     make_mesh,
     params_shardings,
     place_batch,
     replicated,
-    slice_grid,
     spec_for,
     table,
     to_host,
@@ -225,7 +221,7 @@ def test_moments_and_average_live_with_their_weights():
     assert adam.count.sharding.is_fully_replicated
 
 
-# ---- the table of the configuration, slices, and the rollout's own layout
+# ---- the table of the configuration, and the rollout's own layout
 
 
 def test_the_table_is_the_configuration_and_its_default_the_rules():
@@ -249,75 +245,6 @@ def test_what_does_not_divide_is_named():
     axes = {"a": {"kernel": ("embed", "mlp")}, "b": ("embed", "mlp", None)}
     assert undivided(axes, shapes, mesh) == ["b [4, 5, 7]: mlp 5 over tensor 2"]
     assert undivided(axes, shapes, mesh_of(fsdp=2)) == []
-
-
-def slices_of(count, each):
-    place = lambda s, i: types.SimpleNamespace(  # noqa: E731
-        slice_index=s, id=s * each + i, platform="gpu", device_kind="fake",
-        process_index=s,
-    )  # fmt: skip
-    return [[place(s, i) for i in range(each)] for s in range(count)]
-
-
-@pytest.mark.parametrize(
-    ("shape", "count", "crossing"),
-    [
-        ((4, 2, 1, 1), 2, {0}),  # data between the slices
-        ((1, 8, 1, 1), 2, {1}),  # no data: fsdp between them
-        ((2, 4, 2, 1), 4, {0, 1}),  # both
-        ((2, 1, 2, 2), 2, {0}),
-    ],
-)
-def test_slices_are_crossed_by_data_first_then_fsdp(shape, count, crossing):
-    each = int(np.prod(shape)) // count
-    grid = hybrid_grid(shape, slices_of(count, each))
-    assert grid.shape == shape
-    assert len({d.id for d in grid.flat}) == count * each
-    where = np.vectorize(lambda d: d.slice_index)(grid)
-    changes = {a for a in range(4) if np.any(np.diff(where, axis=a))}
-    assert changes == crossing
-
-
-def torus(kind, *sides):
-    """TPUs as their own description has them: one core a chip, coordinates."""
-    return [
-        types.SimpleNamespace(
-            id=i,
-            process_index=i // 4,
-            platform="tpu",
-            device_kind=kind,
-            coords=(*at, 0, 0)[:3],
-            core_on_chip=0,
-            slice_index=0,
-        )
-        for i, at in enumerate(np.ndindex(*sides))
-    ]
-
-
-@pytest.mark.parametrize(
-    ("kind", "sides", "shape"),
-    [
-        ("TPU v5", (4, 8, 8), (4, 16, 1, 4)),  # the plan of the README
-        ("TPU v6 lite", (8, 8), (1, 16, 1, 4)),
-        ("TPU v6 lite", (4, 4), (8, 2, 1, 1)),
-        ("TPU v5", (2, 4, 4), (2, 8, 1, 2)),
-        ("TPU v5 lite", (4, 4), (2, 2, 2, 2)),
-    ],
-)
-def test_a_mesh_may_divide_the_axes_of_a_torus(kind, sides, shape):
-    grid = slice_grid(shape, torus(kind, *sides))
-    assert grid.shape == shape
-    assert sorted(d.id for d in grid.flat) == list(range(np.prod(sides)))
-
-
-def test_a_mesh_that_no_torus_has_is_one_message():
-    with pytest.raises(UserError, match="can not be laid over the links"):
-        slice_grid((3, 3, 1, 1), torus("TPU v5", 2, 4, 4)[:9])
-
-
-def test_tensor_may_not_cross_slices():
-    with pytest.raises(UserError, match=r"multiple of 2"):
-        hybrid_grid((1, 1, 8, 1), slices_of(2, 4))
 
 
 @pytest.mark.slow
