@@ -1,11 +1,14 @@
-"""Memory of a DDPO update and a rollout of Stable Diffusion 1.5, from the compiler.
+"""Memory and work of DDPO on Stable Diffusion 1.5, from the compiler and the jaxprs.
 
     python -m benchmarks.sd_memory
 
-Compiles the program's own update and rollout at true shapes (512 px, guidance 5,
-micro-batch 1) without any weights, and prints what the compiler sets aside: arguments,
-results that are not in their place, temporaries. On a CPU this is the CPU compiler's
-plan, which an accelerator's may differ from; on an accelerator it is that one's.
+Compiles what configs/aesthetic.py runs on one device - the update of a whole minibatch
+with all 50 steps of its trajectories, the rollout, the decoding - at true shapes
+(512 px, guidance 5) without any weights, and prints what the compiler sets aside:
+arguments, results that are not in their place, temporaries. On a CPU this is the CPU
+compiler's plan, which an accelerator's may differ from; on an accelerator it is that
+one's. What else lies on the device is added up from its shapes. FLOPs are counted from
+the jaxprs, loops as often as they run.
 
 The CPU's compiler is told to order operations for memory, as those of accelerators do
 (--scheduler=default leaves its own choice, an order for many threads), and not to
@@ -15,47 +18,69 @@ peak, which a chip with bfloat16 products does not make.
 """
 
 import argparse
+import json
 import re
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jax.sharding import PartitionSpec as P
 
 from configs import aesthetic
-from ddrl_jax.diffusion.kernels import make_kernel
-from ddrl_jax.interfaces import Cond, Pipeline, Trajectory
-from ddrl_jax.learner import Minibatch, make_update
-from ddrl_jax.models.unet import PRECISE, UNet2DConditionModel
-from ddrl_jax.models.unet_config import UNetConfig
-from ddrl_jax.optim import make_optimizer
-from ddrl_jax.program import make_objective
-from ddrl_jax.rollout import rollout, step_times
-from ddrl_jax.sharding import make_mesh
-from ddrl_jax.weights import describe_weights
+from ddrl_jax.data.prompt_sets import prompt_set
+from ddrl_jax.flops import Count, count
+from ddrl_jax.models.clip_config import ClipVisionConfig
+from ddrl_jax.models.networks import network_shapes
+from ddrl_jax.models.sd_folder import read_source
+from ddrl_jax.plan.lowered import Abstract, bytes_per_device, describe
+from ddrl_jax.program import chunk_size
 
 RESULTS = Path(__file__).resolve().parent / "results" / "sd_memory.md"
-UNET = {
-    "sample_size": 64,
-    "in_channels": 4,
-    "out_channels": 4,
-    "layers_per_block": 2,
-    "block_out_channels": (320, 640, 1280, 1280),
-    "down_block_types": ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
-    "up_block_types": ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3,
-    "attention_head_dim": 8,
-    "cross_attention_dim": 768,
+MODEL: dict[str, dict[str, Any]] = {  # the JSON of Stable Diffusion 1.5
+    "model_index": {"_class_name": "StableDiffusionPipeline"},
+    "unet/config": {
+        "sample_size": 64,
+        "in_channels": 4,
+        "out_channels": 4,
+        "layers_per_block": 2,
+        "block_out_channels": (320, 640, 1280, 1280),
+        "down_block_types": ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
+        "up_block_types": ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3,
+        "attention_head_dim": 8,
+        "cross_attention_dim": 768,
+    },
+    "vae/config": {
+        "block_out_channels": (128, 256, 512, 512),
+        "down_block_types": ("DownEncoderBlock2D",) * 4,
+        "up_block_types": ("UpDecoderBlock2D",) * 4,
+        "layers_per_block": 2,
+        "latent_channels": 4,
+        "scaling_factor": 0.18215,
+    },
+    "text_encoder/config": {
+        "hidden_size": 768,
+        "intermediate_size": 3072,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 12,
+    },
+    "scheduler/scheduler_config": {
+        "beta_schedule": "scaled_linear",
+        "beta_start": 0.00085,
+        "beta_end": 0.012,
+        "steps_offset": 1,
+        "set_alpha_to_one": False,
+    },
 }
-LATENT, TOKENS, WIDTH = (64, 64, 4), 77, 768
-STEPS = 2  # trained: they are taken one after the other, in the same memory
-GB = 1e9
+# CLIP ViT-L/14's picture tower, which the aesthetic score looks through
+JUDGE = ClipVisionConfig(
+    hidden_size=1024, intermediate_size=4096, projection_dim=768, num_hidden_layers=24,
+    num_attention_heads=16, patch_size=14, with_projection=True,
+)  # fmt: skip
+GB, TERA = 1e9, 1e12
 CPU_OPTIONS: dict[str, Any] = {
     "xla_backend_optimization_level": 0,
     "xla_llvm_disable_expensive_passes": True,
@@ -75,7 +100,7 @@ class Measured(NamedTuple):
     outputs: int  # beyond those that take the place of arguments
     temporaries: int
     widened: int  # of the temporaries at the peak: float32 copies of bfloat16 weights
-    flops: float  # of the program, a loop counted once
+    count: Count  # FLOPs, loops as often as they run
     seconds: float  # of compiling
 
     @property
@@ -84,12 +109,10 @@ class Measured(NamedTuple):
         return self.arguments + self.outputs + self.temporaries
 
 
-def measure(
-    name: str, function: Any, *shapes: Any, order: str, donate: tuple = ()
-) -> Measured:
+def measure(name: str, function: Any, shapes: tuple, order: str) -> Measured:
     """Compiles for abstract arguments; `order` is a name of SCHEDULERS."""
     start = time.monotonic()
-    lowered = jax.jit(function, donate_argnums=donate).lower(*shapes)
+    lowered = function.lower(*shapes)
     with tempfile.TemporaryDirectory() as folder:
         options: Any = CPU_OPTIONS | {"xla_dump_to": folder}
         options |= {"xla_cpu_scheduler_type": SCHEDULERS[order]}
@@ -97,7 +120,7 @@ def measure(
         compiled = lowered.compile(compiler_options=options if on_cpu else None)
         plans = list(Path(folder).glob("*live-range.txt"))
         plan = plans[0].read_text(encoding="utf-8") if plans else ""
-    memory, cost = compiled.memory_analysis(), compiled.cost_analysis()
+    memory = compiled.memory_analysis()
     assert memory is not None, "this backend plans no memory ahead"
     return Measured(
         name,
@@ -105,7 +128,7 @@ def measure(
         memory.output_size_in_bytes - memory.alias_size_in_bytes,
         memory.temp_size_in_bytes,
         widened(compiled.as_text() or "", plan),
-        float((cost or {}).get("flops", np.nan)),
+        count(function, *shapes),
         time.monotonic() - start,
     )
 
@@ -127,136 +150,147 @@ def widened(program: str, plan: str) -> int:
     return sum(int(size) for name, size in alive if name in copies)
 
 
-def pipeline_of(config: Any) -> Pipeline:
-    """The UNet alone; nothing of it is computed."""
-    model = config.model
-    network = UNet2DConditionModel(
-        UNetConfig.from_json(UNET), model.dtype, model.remat, config.lora.rank,
-        config.lora.alpha, model.attention,
-    )  # fmt: skip
-    example = (jnp.zeros((1, *LATENT)), jnp.zeros(1), jnp.zeros((1, TOKENS, WIDTH)))
-
-    def boxed(key: jax.Array) -> Any:
-        trees = network.init({"params": key, "lora": key}, *example)
-        return {"params": trees["params"], "lora": trees.get("lora")}
-
-    def denoise(params, lora, z, t, cond) -> Any:
-        trees = {"params": params} | ({} if lora is None else {"lora": lora})
-        return network.apply(trees, z, t, cond.emb)
-
-    uncond = Cond(jnp.zeros((1, TOKENS, WIDTH)))
-    nothing: Any = lambda *_: None  # noqa: E731
-    shapes = jax.eval_shape(boxed, jax.random.key(0))
-    specs = nn.get_partition_spec(shapes)
-    return Pipeline(
-        encode=nothing,
-        uncond=uncond,
-        init=lambda key: nn.meta.unbox(boxed(key)),
-        denoise=denoise,
-        decode=nothing,
-        axes=jax.tree.map(tuple, specs, is_leaf=lambda s: isinstance(s, P)),
-        latent_shape=LATENT,
-        prediction="eps",
-        load=nothing,
-        fingerprint="",
-        precise=PRECISE,
-    )
+def write_model(folder: Path) -> Path:
+    """Stable Diffusion 1.5 in the layout of diffusers, without its weights."""
+    for name, content in MODEL.items():
+        path = folder / f"{name}.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(content), encoding="utf-8")
+    return folder
 
 
-def minibatch(size: int) -> Minibatch:
-    """Shapes of one microbatch with its kept transitions."""
-    key = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), size))
-    f32 = lambda *s: jax.ShapeDtypeStruct(s, jnp.float32)  # noqa: E731
-    index = jax.ShapeDtypeStruct((STEPS, size), jnp.int32)
-    states, flat = f32(STEPS, size, *LATENT), f32(STEPS, size)
-    kept = Trajectory(states, states, flat, f32(STEPS, size, 2), index, None)
-    cond = Cond(f32(size, TOKENS, WIDTH))
-    return Minibatch(key, key, cond, None, None, kept, flat, f32(size))
+def planned(variant: str, microbatch: int, model: Path) -> Abstract:
+    """A variant of configs/aesthetic.py on one device; micro-batch 0 is its own."""
+    config = aesthetic.get_config(variant)
+    config.model.init = str(model)
+    config.mesh.data = 1
+    config.train.microbatch = microbatch or config.train.microbatch
+    return describe(config)
 
 
-def measure_config(label: str, config: Any, size: int, order: str) -> list[Measured]:
-    """The update and the rollout of a configuration."""
-    pipeline = pipeline_of(config)
-    kernel = make_kernel(config.sampler, "eps")
-    objective = make_objective(config, pipeline, kernel, None)
-    tx = make_optimizer(config.optimizer, 1000)
-    weights = describe_weights(config, pipeline, tx, make_mesh(config.mesh))
-    trained = weights.shapes[weights.trained]
-    frozen = weights.shapes["params"] if config.lora.rank else {}
-    state = jax.tree.map(
-        lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), weights.abstract
-    )
-    update = make_update(objective, tx, config.optimizer.ema_decay)
-    chunk = minibatch(size)
+class Part(NamedTuple):
+    """A program of a run with abstract arguments, and how many samples it is for."""
 
-    def sample(params, frozen, keys, cond, times, kept):
-        def denoise(z, t, c):
-            return objective.apply(params, frozen, z, t, c)
+    name: str
+    function: Any
+    arguments: tuple
+    samples: int
 
-        policy, score = objective.guide(denoise), objective.score
-        return rollout(policy, kernel, score, keys, cond, LATENT, times, kept)
 
-    times = jax.ShapeDtypeStruct(step_times(kernel, size).shape, jnp.float32)
-    kept = jax.ShapeDtypeStruct((config.sampler.steps, size), jnp.int32)
-    rolled = (trained, frozen, chunk.keys, chunk.cond, times, kept)
-    steps = kernel.levels.shape[0]
+def programs(plan: Abstract) -> list[Part]:
+    """What runs on the device, one after the other."""
+    pipeline, size = plan.weights.pipeline, chunk_size(plan.config, plan.mesh)
+    rollout, update = plan.phases
+    x0 = jax.ShapeDtypeStruct((size, *pipeline.latent_shape), jnp.float32)
+    decode = jax.jit(lambda decode, x0: decode(x0))
+    steps, samples = plan.config.sampler.steps, plan.chunks * size
     return [
-        measure(
-            f"{label}: update",
-            update,
-            *(state, frozen, None, (chunk,)),
-            order=order,
-            donate=(0,),
+        Part("update", update.function, update.arguments, samples),
+        Part(f"rollout, {steps} steps", rollout.function, rollout.arguments, size),
+        Part("decode", decode, (pipeline.decode, x0), size),
+    ]
+
+
+def resident(plan: Abstract) -> dict[str, int]:
+    """Bytes that lie on the device besides an update's own arguments."""
+    config, pipeline = plan.config, plan.weights.pipeline
+    text = read_source(Path(config.model.init)).text
+    others = (config.train.minibatches - 1) * plan.chunks
+    prompts = len(prompt_set(config.prompts.set))
+    return {
+        "trajectories of the epoch's other minibatches": others
+        * bytes_per_device(plan.chunk),
+        f"embeddings of {prompts} prompts": prompts * size_of(pipeline.uncond),
+        "text encoder, float32": size_of(network_shapes("clip_text", text)),
+        "autoencoder, float32": size_of((pipeline.decode, pipeline.encode_images)),
+        "CLIP ViT-L/14 of the judge, float32": size_of(
+            network_shapes("clip_vision", JUDGE)
         ),
-        measure(f"{label}: rollout, {steps} steps", sample, *rolled, order=order),
-    ]
+    }
 
 
-def table(rows: Sequence[Measured]) -> list[str]:
-    """As markdown."""
-    lines = [
-        "| program | peak GB | arguments | results beside them | temporaries "
-        "| widened weights | peak without them | TFLOP, loops once | compiling s |",
-        "|---" * 9 + "|",
-    ]
-    for r in rows:
+def size_of(tree: Any) -> int:
+    """Bytes of a tree of arrays or shapes."""
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+COLUMNS = (
+    "program", "samples", "peak GB", "arguments", "results beside them", "temporaries",
+    "widened weights", "peak without them", "TFLOP a sample", "of these recomputed",
+    "compiling s",
+)  # fmt: skip
+
+
+def table(rows: Sequence[tuple[Measured, int]]) -> Iterator[str]:
+    """As markdown; each row with the samples that its program is for."""
+    yield f"| {' | '.join(COLUMNS)} |"
+    yield "|---" * len(COLUMNS) + "|"
+    for r, samples in rows:
         sizes = (r.peak, r.arguments, r.outputs, r.temporaries)
         sizes += (r.widened, r.peak - r.widened)
         cells = " | ".join(f"{size / GB:.2f}" for size in sizes)
-        lines.append(f"| {r.name} | {cells} | {r.flops / 1e12:.2f} | {r.seconds:.0f} |")
-    return lines
+        work = " | ".join(
+            f"{flops / samples / TERA:.1f}"
+            for flops in (r.count.flops, r.count.recomputed)
+        )
+        yield f"| {r.name} | {samples} | {cells} | {work} | {r.seconds:.0f} |"
+
+
+def beside(label: str, plan: Abstract, update: Measured) -> Iterator[str]:
+    """What else is on the device while an update runs, and the sum."""
+    parts = resident(plan)
+    total = update.peak + sum(parts.values())
+    yield f"Beside the update, {label} (GB):"
+    yield ""
+    yield from (f"- {name}: {size / GB:.2f}" for name, size in parts.items())
+    without = f"{(total - update.widened) / GB:.1f} without widened weights"
+    yield f"- the update and all of these: {total / GB:.1f}, {without}"
+    yield ""
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Measures and writes benchmarks/results/sd_memory.md."""
+    """Measures and writes benchmarks/results/sd_memory.md, again after each program."""
     flags = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
-    flags.add_argument("--microbatch", type=int, default=1)
+    flags.add_argument("--microbatches", nargs="+", type=int, default=[1, 0])
     flags.add_argument("--variants", nargs="+", default=["lora", "paper"])
-    flags.add_argument("--dtype", default="")
     flags.add_argument("--scheduler", choices=SCHEDULERS, default="memory")
     flags.add_argument("--out", default=str(RESULTS))
     options = flags.parse_args(arguments)
-    rows = []
-    for variant in options.variants:
-        config = aesthetic.get_config(variant)
-        config.model.dtype = options.dtype or config.model.dtype
-        label = f"{variant}, {config.model.dtype}, remat {config.model.remat}"
-        rows += measure_config(label, config, options.microbatch, options.scheduler)
-        print("\n".join(table(rows)), flush=True)
+    rows: list[tuple[Measured, int]] = []
+    notes: list[str] = []
+    with tempfile.TemporaryDirectory() as folder:
+        model = write_model(Path(folder))
+        for microbatch in options.microbatches:
+            for variant in options.variants:
+                plan = planned(variant, microbatch, model)
+                c = plan.config
+                label = f"{variant}, {c.model.dtype}, micro-batch {c.train.microbatch}"
+                for part in programs(plan):
+                    name, shapes = f"{label}: {part.name}", part.arguments
+                    found = measure(name, part.function, shapes, options.scheduler)
+                    rows.append((found, part.samples))
+                    notes += beside(label, plan, found) if part.name == "update" else []
+                    write(Path(options.out), arguments, options.scheduler, rows, notes)
+
+
+def write(
+    path: Path, arguments: Sequence[str], order: str, rows: list, notes: list[str]
+) -> None:
+    """Writes and prints the whole file."""
     head = [
-        "# Memory of Stable Diffusion 1.5 at 512 px, by the compiler",
+        "# Memory and work of Stable Diffusion 1.5 at 512 px, by the compiler",
         "",
         f"`python -m benchmarks.sd_memory {' '.join(arguments)}`".replace(" `", "`"),
         f"{time.strftime('%Y-%m-%d')}, compiled for {jax.default_backend()} "
         f"({jax.devices()[0].device_kind}), jax {jax.__version__}.",
-        f"Order of operations on a CPU: for {options.scheduler}. "
-        f"Micro-batch {options.microbatch}, guidance 5 (two rows of the network a "
-        "sample), AdamW with float32 moments, attention in chunks of 1,024 queries.",
+        f"Order of operations on a CPU: for {order}. What configs/aesthetic.py runs on "
+        "one device: 256 samples an epoch, 50 steps, guidance 5 (two rows of the "
+        "network a sample), remat full, AdamW with float32 moments.",
         "",
     ]
-    path = Path(options.out)
-    path.write_text("\n".join([*head, *table(rows)]) + "\n", encoding="utf-8")
-    print(path)
+    text = "\n".join([*head, *table(rows), "", *notes])
+    path.write_text(text.rstrip() + "\n", encoding="utf-8")
+    print(text, flush=True)
 
 
 if __name__ == "__main__":

@@ -50,7 +50,7 @@ def task(name: str, variant: str, updates: int) -> ConfigDict:
     c = base.get_config()
     c.name = name if kind == "lora" else f"{name}:{kind}"
     c.model.update(name="stable_diffusion", init=REPO, image_size=512)
-    c.model.update(dtype="bfloat16", remat="full", attention="chunked")
+    c.model.update(dtype="bfloat16", remat="full")
     c.data.source = "none"
     c.prompts.update(per_epoch=256, group_size=1)
     c.sampler.update(kernel="ddim", eta=1.0, steps=50, guidance_scale=5.0)

@@ -6,9 +6,13 @@ Time runs from noise to data: `t` is the current and `s` the next noise level.
 """
 
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
+import jax
+import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jaxtyping import Array, Bool, Float, Int, Key, UInt8
 
 Params = Any  # a nested dict of arrays with string keys
@@ -72,19 +76,53 @@ class Kernel(NamedTuple):
     stochastic: np.ndarray
 
 
+class Transition(NamedTuple):
+    """One trained step of a batch: from x_t to x_s, at the levels (t, s)."""
+
+    x_t: Float[Array, "b *x"]
+    x_s: Float[Array, "b *x"]
+    time: Float[Array, "b 2"]
+    memory: Memory | None
+
+
 class Trajectory(NamedTuple):
     """The trained transitions of a rollout, float32, on device, sharded over `b`.
 
-    `index` is the step of the sampler, `time` its (t, s) levels; `memory` is None for
-    one-step kernels.
+    A state that ends one step and begins the next is stored once where most steps are
+    kept: step i of a sample goes from states[rows[i]] to states[rows[i] + 1]. `index`
+    is the step of the sampler, `time` its (t, s) levels; `memory` is None for one-step
+    kernels.
     """
 
-    x_t: Float[Array, "t b *x"]
-    x_s: Float[Array, "t b *x"]
+    states: Float[Array, "k b *x"]
+    rows: Int[Array, "t b"]
     log_prob: Float[Array, "t b"]
     time: Float[Array, "t b 2"]
     index: Int[Array, "t b"]
     memory: Memory | None
+
+    @property
+    def x_t(self) -> Float[Array, "t b *x"]:
+        """The states before the steps, copied."""
+        return _rows(self.states, self.rows)
+
+    @property
+    def x_s(self) -> Float[Array, "t b *x"]:
+        """The states after the steps, copied."""
+        return _rows(self.states, self.rows + 1)
+
+    def at(self, step: Int[Array, ""]) -> Transition:
+        """One of the t steps."""
+        pick = partial(lax.dynamic_index_in_dim, index=step, keepdims=False)
+        rows = pick(self.rows)[None]
+        x_t, x_s = (_rows(self.states, r)[0] for r in (rows, rows + 1))
+        return Transition(x_t, x_s, pick(self.time), jax.tree.map(pick, self.memory))
+
+
+def _rows(states: Array, rows: Array) -> Array:
+    """states[rows[i, j], j] for each i and sample j."""
+    rows = rows.reshape(*rows.shape, *(1,) * (states.ndim - 2))
+    return jnp.take_along_axis(states, rows, axis=0)
 
 
 class Prompts(NamedTuple):

@@ -30,6 +30,7 @@ from ddrl_jax.objectives.policy import reward_transform
 from ddrl_jax.optim import add_updates
 from ddrl_jax.terms import (
     WEIGHTED,
+    Items,
     Minibatch,
     Objective,
     data_items,
@@ -89,20 +90,21 @@ def make_update(objective: Objective, tx: optax.GradientTransformation, ema: flo
     return update
 
 
-def accumulate(loss, params: Params, items: Any, grads: Params):
-    """Adds the mean gradient over the leading axis of `items` to `grads`.
+def accumulate(loss, params: Params, items: Items, grads: Params):
+    """Adds the mean gradient over `items` to `grads`.
 
     Returns:
       The gradients and the mean of each metric (the maximum of those named *_max_*).
     """
-    count = jax.tree.leaves(items)[0].shape[0]
+    count = items.index.size
 
-    def body(total, item):
+    def body(total, index):
+        item = items.at(index)
         (_, metrics), grad = jax.value_and_grad(loss, has_aux=True)(params, item)
         add = lambda a, g: a + g.astype(a.dtype) / count  # noqa: E731
         return jax.tree.map(add, total, grad), metrics
 
-    grads, metrics = jax.lax.scan(body, grads, items)
+    grads, metrics = jax.lax.scan(body, grads, items.index)
     reduce = {k: jnp.max if "_max_" in k else jnp.mean for k in metrics}
     return grads, {k: reduce[k](v) for k, v in metrics.items()}
 
@@ -257,11 +259,13 @@ def make_recompute(objective: Objective):
     """
 
     def recompute(params: Params, frozen: Params, chunk: Minibatch):
-        def body(_, item):
-            transition, _, _, cond = item
+        items = policy_items((chunk,))
+
+        def body(_, index):
+            transition, _, _, cond = items.at(index)
             step = policy_step(objective, params, frozen, transition, cond)
             return None, objective.score(step, transition.x_s)
 
-        return jax.lax.scan(body, None, policy_items((chunk,)))[1]
+        return jax.lax.scan(body, None, items.index)[1]
 
     return recompute

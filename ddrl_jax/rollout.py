@@ -6,6 +6,7 @@ both, so that on policy the ratio of the two is exactly 1.
 
 from collections.abc import Callable
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +14,14 @@ import numpy as np
 from jaxtyping import Array, Float, Int, Key
 
 from ddrl_jax.diffusion.gaussian import Gaussian, rounded, squared_error_log_prob
-from ddrl_jax.interfaces import Cond, GaussianLike, Kernel, Memory, Trajectory
+from ddrl_jax.interfaces import (
+    Cond,
+    GaussianLike,
+    Kernel,
+    Memory,
+    Trajectory,
+    Transition,
+)
 
 Policy = Callable[[Array, Array, Cond], Array]  # (z, time, cond) -> prediction
 Score = Callable[[GaussianLike, Array], Array]  # (step, next state) -> log_prob [b]
@@ -132,21 +140,28 @@ def rollout(
     """
     x = kernel.init_scale * initial_noise(keys, latent_shape)
     memory = _no_memory(kernel, x)
-    kept = _empty(trained, x, memory)
+    number, rows = _slots(trained, times.shape[0])
+    states = jnp.zeros((number.shape[0], *x.shape), x.dtype)
+    states = _keep(states, x, number == 0)
+    kept = _empty(trained, memory)
 
     def body(carry, item):
-        x, memory, kept = carry
+        x, memory, states, kept = carry
         index, time = item
         step, remembered = transition(policy, kernel, x, time, cond, memory)
         step_keys = jax.vmap(lambda k: jax.random.fold_in(k, index + 1))(keys)
         x_s = step.sample(step_keys)
-        here = jnp.full(trained.shape[1:], index, trained.dtype)
-        new = Trajectory(x, x_s, score(step, x_s), time, here, memory)
-        return (x_s, remembered, _keep(kept, new, trained == index)), None
+        new = _Kept(score(step, x_s), time, memory)
+        write = partial(_keep, here=trained == index)
+        kept = jax.tree.map(write, kept, new)
+        states = _keep(states, x_s, number == index + 1)
+        return (x_s, remembered, states, kept), None
 
     indices = jnp.arange(times.shape[0])
-    (x, _, kept), _ = jax.lax.scan(body, (x, memory, kept), (indices, times))
-    return x, kept
+    carry, _ = jax.lax.scan(body, (x, memory, states, kept), (indices, times))
+    x, _, states, kept = carry
+    found = Trajectory(states, rows, kept.log_prob, kept.time, trained, kept.memory)
+    return x, found
 
 
 def replay(
@@ -162,16 +177,18 @@ def replay(
       cond: prompts.
     """
 
-    def body(_, item):
+    def body(_, step):
+        item = trajectory.at(step)
         return None, score(replay_step(policy, kernel, item, cond), item.x_s)
 
-    return jax.lax.scan(body, None, trajectory)[1]
+    steps = jnp.arange(trajectory.log_prob.shape[0])
+    return jax.lax.scan(body, None, steps)[1]
 
 
 def replay_step(
-    policy: Policy, kernel: Kernel, item: Trajectory, cond: Cond
+    policy: Policy, kernel: Kernel, item: Transition, cond: Cond
 ) -> GaussianLike:
-    """The distribution of one stored transition (a Trajectory without its t axis)."""
+    """The distribution of one stored transition."""
     return transition(policy, kernel, item.x_t, item.time, cond, item.memory)[0]
 
 
@@ -182,20 +199,45 @@ def _no_memory(kernel: Kernel, x: Array) -> Memory | None:
     return Memory(jnp.zeros_like(x), jnp.full(x.shape[:1], jnp.inf, jnp.float32))
 
 
-def _empty(trained: Array, x: Array, memory: Memory | None) -> Trajectory:
+class _Kept(NamedTuple):
+    """What is kept of each trained step besides the states."""
+
+    log_prob: Float[Array, "t b"]
+    time: Float[Array, "t b 2"]
+    memory: Memory | None
+
+
+def stored_states(trained: int, steps: int) -> int:
+    """States stored of a trajectory: each once, or two a trained step if fewer.
+
+    Args:
+      trained: steps kept of a sample.
+      steps: of the sampler.
+    """
+    return min(2 * trained, steps + 1)
+
+
+def _slots(
+    trained: Int[Array, "t b"], steps: int
+) -> tuple[Int[Array, "k b"], Int[Array, "t b"]]:
+    """(number of the state in each slot, slot in which each trained step begins)."""
+    t, b = trained.shape
+    if stored_states(t, steps) == steps + 1:
+        every = jnp.arange(steps + 1, dtype=trained.dtype)
+        return jnp.broadcast_to(every[:, None], (steps + 1, b)), trained
+    first = 2 * jnp.arange(t, dtype=trained.dtype)
+    pairs = jnp.stack([trained, trained + 1], axis=1).reshape(2 * t, b)
+    return pairs, jnp.broadcast_to(first[:, None], (t, b))
+
+
+def _empty(trained: Array, memory: Memory | None) -> _Kept:
     t, b = trained.shape
     like = lambda a: jnp.zeros((t, *a.shape), a.dtype)  # noqa: E731
-    flat = jnp.zeros((t, b), jnp.float32)
-    kept = None if memory is None else jax.tree.map(like, memory)
-    index = jnp.zeros_like(trained)
-    return Trajectory(like(x), like(x), flat, jnp.zeros((t, b, 2)), index, kept)
+    zeros = jnp.zeros((t, b), jnp.float32)
+    time = jnp.zeros((t, b, 2), jnp.float32)
+    return _Kept(zeros, time, jax.tree.map(like, memory))
 
 
-def _keep(kept: Trajectory, new: Trajectory, here: Array) -> Trajectory:
-    """Writes a transition where `here` [t b] says; element-wise, so it shards."""
-
-    def write(old, value):
-        mask = here.reshape(here.shape + (1,) * (old.ndim - 2))
-        return jnp.where(mask, value, old)
-
-    return jax.tree.map(write, kept, new)
+def _keep(old: Array, value: Array, here: Array) -> Array:
+    """Writes a value where `here` [k b] says; element-wise, so it shards."""
+    return jnp.where(here.reshape(here.shape + (1,) * (old.ndim - 2)), value, old)

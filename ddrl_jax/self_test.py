@@ -60,13 +60,15 @@ def _deviations_in_update(program: Program, state: TrainState, chunk) -> np.ndar
         def loss(p, item):
             return policy_loss(program.objective, p, frozen, reference, item)
 
-        def body(total, item):
-            one = jax.tree.map(lambda a: a[None], item)
+        items = policy_items((chunk,))
+
+        def body(total, index):
+            one = items._replace(index=index[None])
             total, metrics = accumulate(loss, params, one, total)
             return total, metrics["ratio_max_deviation"]
 
         zeros = jax.tree.map(jnp.zeros_like, params)
-        return jax.lax.scan(body, zeros, policy_items((chunk,)))
+        return jax.lax.scan(body, zeros, items.index)
 
     _, deviation = scan(state.params, program.frozen, program.reference, chunk)
     return to_host(deviation)

@@ -7,11 +7,12 @@ denoising loss on the policy's own samples.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Key
+from jaxtyping import Array, Float, Int, Key
 
 from ddrl_jax.interfaces import Cond, DataSource, Kernel, Metrics, Params, Trajectory
 from ddrl_jax.objectives.data import noised, prediction_loss
@@ -38,6 +39,18 @@ class Minibatch(NamedTuple):
     old_log_prob: Float[Array, "t b"] | None
     advantages: Float[Array, " b"] | None  # for RWR the weights of the samples
     x0: Float[Array, "b *x"] | None = None  # the samples themselves, only for RWR
+
+
+class Items(NamedTuple):
+    """What a gradient is accumulated over, step by step and never all at once.
+
+    Attributes:
+      index: the numbers of the items.
+      at: number -> the item.
+    """
+
+    index: Int[Array, " n"]
+    at: Callable[[Array], tuple]
 
 
 class Objective(NamedTuple):
@@ -156,47 +169,55 @@ def _drop_text(cond: Cond, uncond: Cond, dropped: Array) -> Cond:
     return jax.tree.map(drop, cond, uncond)
 
 
-def policy_items(chunks: tuple[Minibatch, ...]) -> tuple:
+def policy_items(chunks: tuple[Minibatch, ...]) -> Items:
     """(transition, old log-prob, advantages, cond) for each (step, microbatch)."""
-    batch = _stack(chunks)
-    steps = batch.old_log_prob.shape[1]
-    by_step = jax.tree.map(
-        lambda a: jnp.moveaxis(a, 1, 0).reshape(-1, *a.shape[2:]),
-        (batch.trajectory, batch.old_log_prob),
-    )
-    shared = jax.tree.map(
-        lambda a: jnp.concatenate([a] * steps), (batch.advantages, batch.cond)
-    )
-    return (*by_step, *shared)
+    batch, count = _stack(chunks), len(chunks)
+    parts = (batch.trajectory, batch.old_log_prob, batch.advantages, batch.cond)
+    steps = chunks[0].old_log_prob.shape[0]
+
+    def at(i):
+        trajectory, old, advantages, cond = _pick(parts, i % count)
+        return trajectory.at(i // count), _pick(old, i // count), advantages, cond
+
+    return Items(jnp.arange(steps * count), at)
 
 
-def fit_items(chunks: tuple[Minibatch, ...]) -> tuple:
+def fit_items(chunks: tuple[Minibatch, ...]) -> Items:
     """(data keys, samples, weights, cond) for each microbatch."""
     batch = _stack(chunks)
-    return batch.data_keys, batch.x0, batch.advantages, batch.cond
+    parts = (batch.data_keys, batch.x0, batch.advantages, batch.cond)
+    return Items(jnp.arange(len(chunks)), lambda i: _pick(parts, i))
 
 
-def data_items(objective: Objective, chunks: tuple[Minibatch, ...]) -> tuple:
+def data_items(objective: Objective, chunks: tuple[Minibatch, ...]) -> Items:
     """(keys, data keys, records, cond, time): once a sample, or at every trained step.
 
     The loss is a mean over the items, so its weight does not depend on their number.
     With the rollout's levels the steps of a sample share one picture and its initial
     noise, as the released DDRL code does; with levels of its own each step draws anew.
     """
-    batch = _stack(chunks)
+    batch, count = _stack(chunks), len(chunks)
     parts = (batch.keys, batch.data_keys, batch.records, batch.data_cond)
-    time = jnp.zeros((1, *batch.data_keys.shape), jnp.float32)
+    time = jnp.zeros((count, 1, *chunks[0].data_keys.shape), jnp.float32)
     if batch.trajectory is not None:
-        time = jnp.moveaxis(_network_times(objective.kernel, batch.trajectory), 1, 0)
-    steps = time.shape[0] if objective.data.every_step else 1
-    keys, data_keys, records, cond = jax.tree.map(
-        lambda a: jnp.concatenate([a] * steps), parts
-    )
-    if objective.data.levels == "own" and steps > 1:
-        step = jnp.arange(data_keys.size).reshape(data_keys.shape)
-        data_keys = jax.vmap(jax.vmap(jax.random.fold_in))(data_keys, step)
-    times = time[:steps].reshape(-1, time.shape[-1])
-    return keys, data_keys, records, cond, times
+        time = _network_times(objective.kernel, batch.trajectory)
+    steps = time.shape[1] if objective.data.every_step else 1
+    anew = objective.data.levels == "own" and steps > 1
+
+    def at(i):
+        keys, data_keys, records, cond = _pick(parts, i % count)
+        if anew:
+            draws = i * data_keys.size + jnp.arange(data_keys.size)
+            data_keys = jax.vmap(jax.random.fold_in)(data_keys, draws)
+        return keys, data_keys, records, cond, _pick(_pick(time, i % count), i // count)
+
+    return Items(jnp.arange(steps * count), at)
+
+
+def _pick(tree: Any, index: Array) -> Any:
+    """Entry `index` of the leading axis of every leaf."""
+    pick = partial(jax.lax.dynamic_index_in_dim, index=index, keepdims=False)
+    return jax.tree.map(pick, tree)
 
 
 def _stack(chunks: tuple[Minibatch, ...]) -> Any:

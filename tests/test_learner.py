@@ -1,6 +1,7 @@
 """One update: the terms it traces, how it accumulates, applies, skips and averages."""
 
 import jax
+import jax.extend.core
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -8,6 +9,7 @@ import pytest
 from linear_runs import (
     PARAMS,
     SOURCE,
+    TRAINED,
     apply,
     batch,
     gradient,
@@ -17,6 +19,7 @@ from linear_runs import (
 )
 from tiny_runs import same_bits
 
+from ddrl_jax.interfaces import Cond
 from ddrl_jax.learner import init_state, make_recompute, make_update
 
 DATA = {"data_term.weight": 0.5}
@@ -104,6 +107,32 @@ def test_microbatches_add_up_to_one_batch(edits, samples):
     for name in ("policy/loss", "policy/kl", "data/loss"):
         if name in one:
             np.testing.assert_allclose(many[name], one[name], rtol=1e-5)
+
+
+def sizes(jaxpr):
+    """Elements of every array that a computation makes, loops looked into."""
+    for eqn in jaxpr.eqns:
+        yield from (v.aval.size for v in eqn.outvars if hasattr(v.aval, "size"))
+        for value in jax.tree.leaves(list(eqn.params.values())):
+            inner = getattr(value, "jaxpr", value)
+            if isinstance(inner, jax.extend.core.Jaxpr):
+                yield from sizes(inner)
+
+
+@pytest.mark.parametrize("edits", [{}, DATA | {"data_term.every_step": True}])
+def test_nothing_is_repeated_for_each_step(edits):
+    """The largest array holds a prompt's text once a sample, not once a step too."""
+    loss, width, steps = objective(edits), 1000, len(TRAINED)
+    loss = loss._replace(apply=lambda p, f, z, t, c: p["w"] * z + c.emb[:, :1, None])
+    cond = Cond(jnp.zeros((4, width)))
+    loss = loss._replace(uncond=Cond(jnp.zeros((1, width))))
+    halves = (batch(slice(0, 4)), batch(slice(4, 8)))
+    chunks = tuple(half._replace(cond=cond, data_cond=cond) for half in halves)
+    tx = optax.sgd(1.0)
+    update, state = make_update(loss, tx, 0.0), init_state(params(), tx, 0.0)
+    jaxpr = jax.make_jaxpr(update)(state, {}, None, chunks).jaxpr
+    assert max(sizes(jaxpr)) == 8 * width
+    assert steps * 4 > 8  # or the repetition would not show
 
 
 def test_the_largest_deviation_of_all_microbatches_is_reported(samples):

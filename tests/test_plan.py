@@ -1,16 +1,19 @@
 """The plan against what is there: live arrays, hand counts, and bounds by hand."""
 
 import math
+import shutil
 
 import jax
 import pytest
 from tiny_runs import tiny_program
 
-from configs import video_14b
+from configs import aesthetic, video_14b
 from ddrl_jax import plan
 from ddrl_jax.chips import CHIPS
+from ddrl_jax.draws import draw_chunks, prompts_of
 from ddrl_jax.errors import UserError
-from ddrl_jax.flops import Count
+from ddrl_jax.flops import Count, count
+from ddrl_jax.models.stable_diffusion import TINY
 from ddrl_jax.plan.hlo import Collective
 from ddrl_jax.plan.lowered import (
     Compiled,
@@ -21,6 +24,8 @@ from ddrl_jax.plan.lowered import (
 )
 from ddrl_jax.plan.roofline import bandwidth, bounds, sent
 from ddrl_jax.plan.search import Scaling, fits, meshes, suggest
+from ddrl_jax.program import build
+from ddrl_jax.sharding import make_mesh
 
 ONE = {"data": 1, "fsdp": 1, "tensor": 1, "context": 1}
 FLAGS = {"devices": "8", "chip": "v5p"}
@@ -41,6 +46,11 @@ def planned():
 
 
 # ---- memory
+
+
+def draw_chunks_of(program):
+    """The first chunk of the first epoch, before its rollout."""
+    return draw_chunks(program, prompts_of(program, 0), 0, 0)[0]
 
 
 def live_bytes(tree) -> int:
@@ -77,6 +87,59 @@ def test_weights_of_another_mesh(planned):
         other = describe(tiny(**mesh))
         found = scaling.weights(ONE | mesh)
         assert found == bytes_per_device(other.weights.abstract.params)
+
+
+# ---- Stable Diffusion, and data
+
+
+def stable_diffusion(folder, **edits):
+    c = aesthetic.get_config("smoke")
+    c.model.init = str(folder)
+    c.mesh.data = 1
+    for name, value in edits.items():
+        c[name].update(value)
+    return c
+
+
+def test_stable_diffusion_is_planned_from_its_json_alone(tmp_path):
+    """Shapes are those of the program that reads the weights."""
+    folder = shutil.copytree(TINY, tmp_path / "model")
+    config = stable_diffusion(folder, policy={"train_steps": 0})
+    program = build(config)
+    state, chunk = program.abstract_state(), draw_chunks_of(program)
+    for file in folder.rglob("*.safetensors"):
+        file.unlink()
+    shutil.rmtree(folder / "tokenizer")
+    run = describe(config)
+    shapes = lambda tree: jax.tree.map(lambda a: (a.shape, str(a.dtype)), tree)  # noqa: E731
+    assert shapes(run.weights.abstract) == shapes(state)
+    planned = run.chunk._replace(trajectory=None, old_log_prob=None, advantages=None)
+    assert shapes(planned) == shapes(chunk)
+    rollout, update = run.phases
+    found = jax.eval_shape(rollout.function, *rollout.arguments)[1]
+    assert shapes(found) == shapes(run.chunk.trajectory)
+    assert shapes(jax.eval_shape(update.function, *update.arguments)[0]) == shapes(
+        state
+    )
+
+
+def test_a_model_of_the_hub_is_one_error_without_a_network():
+    config = stable_diffusion("nobody/nothing")
+    with pytest.raises(UserError, match="nobody/nothing is no folder here"):
+        describe(config)
+
+
+@pytest.mark.parametrize("every_step", [False, True])
+def test_a_data_term_is_planned(every_step):
+    """One more network call of each sample, or of each trained step."""
+    term = {"weight": 0.01, "weighting": "eps", "every_step": every_step}
+    with_data = describe(stable_diffusion("assets", data_term=term)).phases[-1]
+    without = describe(stable_diffusion("assets")).phases[-1]
+    steps = without.arguments[-1][0].old_log_prob.shape[0]
+    calls, rows = 2 * steps, steps if every_step else 1  # guidance: two rows a step
+    found = [count(p.function, *p.arguments).flops for p in (with_data, without)]
+    assert found[0] / found[1] - 1 == pytest.approx(rows / calls, rel=0.3)
+    assert compile_phase(with_data, make_mesh(ONE)).peak > 0
 
 
 # ---- work

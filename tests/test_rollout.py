@@ -9,7 +9,7 @@ from configs.base import get_config
 from ddrl_jax.diffusion.gaussian import Gaussian
 from ddrl_jax.diffusion.kernels import KERNELS, make_kernel
 from ddrl_jax.diffusion.solvers import solve
-from ddrl_jax.interfaces import Cond
+from ddrl_jax.interfaces import Cond, Transition
 from ddrl_jax.rollout import (
     guided,
     initial_noise,
@@ -51,6 +51,11 @@ def run(kernel, trained=None, rows=slice(None), network=policy, score=SCORE):
         lambda k, c, times, t: rollout(network, kernel, score, k, c, SHAPE, times, t)
     )
     return go(keys, cond, step_times(kernel, count), jnp.asarray(trained, jnp.int32))
+
+
+def transitions(kept):
+    """The kept steps with a leading axis of steps."""
+    return Transition(kept.x_t, kept.x_s, kept.time, kept.memory)
 
 
 def fresh_noise(step):
@@ -118,8 +123,7 @@ def test_starts_at_the_initial_noise_and_hands_each_state_on(name):
 def test_a_step_without_noise_is_its_mean_and_scores_0(name):
     kernel = make(name)
     x0, kept = run(kernel)
-    last = jax.tree.map(lambda a: a[-1], kept)
-    step = replay_step(policy, kernel, last, COND)
+    step = replay_step(policy, kernel, kept.at(jnp.asarray(STEPS - 1)), COND)
     assert not kernel.stochastic[-1]
     np.testing.assert_array_equal(step.std, 0.0)
     np.testing.assert_allclose(x0, step.mean, rtol=1e-6, atol=1e-6)
@@ -141,7 +145,9 @@ def test_without_noise_the_flow_samplers_are_the_euler_solver(name):
 def test_ddim_without_noise_is_its_mean_at_every_step():
     kernel = make("ddim", eta=0.0)
     _, kept = run(kernel)
-    step = jax.vmap(lambda item: replay_step(policy, kernel, item, COND))(kept)
+    step = jax.vmap(lambda item: replay_step(policy, kernel, item, COND))(
+        transitions(kept)
+    )
     assert not kernel.stochastic.any()
     np.testing.assert_allclose(kept.x_s, step.mean, rtol=1e-5, atol=1e-5)
     np.testing.assert_array_equal(kept.log_prob, 0.0)
@@ -150,18 +156,31 @@ def test_ddim_without_noise_is_its_mean_at_every_step():
 # ---- what is kept
 
 
+SOME = [[0, 1, 0, 2], [3, 2, 1, 3]]
+MORE = [[0, 1, 0, 1], [3, 2, 1, 2], [4, 4, 3, 4]]
+
+
 @pytest.mark.parametrize("name", ["flow_grpo", "edm"])
-def test_keeps_the_steps_each_sample_asks_for(name):
-    kernel = make(name)
+@pytest.mark.parametrize(("trained", "stored"), [(SOME, 4), (MORE, STEPS + 1)])
+def test_keeps_the_steps_each_sample_asks_for(name, trained, stored):
+    kernel, trained = make(name), np.array(trained)
     x0, everything = run(kernel)
-    trained = np.array([[0, 1, 0, 2], [3, 2, 1, 3]])
     same_x0, kept = run(kernel, trained)
     np.testing.assert_array_equal(x0, same_x0)
-    picked = jax.tree.map(lambda a: np.asarray(a)[trained, np.arange(4)], everything)
+    assert len(kept.states) == stored and len(everything.states) == STEPS + 1
+    parts = lambda k: (transitions(k), k.log_prob, k.index)  # noqa: E731
+    picked = jax.tree.map(
+        lambda a: np.asarray(a)[trained, np.arange(4)], parts(everything)
+    )
     for found, expected in zip(
-        jax.tree.leaves(kept), jax.tree.leaves(picked), strict=True
+        jax.tree.leaves(parts(kept)), jax.tree.leaves(picked), strict=True
     ):
         np.testing.assert_array_equal(found, expected)
+    one = kept.at(jnp.asarray(1))
+    for found, expected in zip(
+        jax.tree.leaves(one), jax.tree.leaves(transitions(kept)), strict=True
+    ):
+        np.testing.assert_array_equal(found, expected[1])
 
 
 def test_may_keep_nothing():
@@ -184,7 +203,9 @@ def test_a_sample_does_not_depend_on_its_neighbours(rows):
 
 def test_samples_and_steps_have_noise_of_their_own():
     _, kept = run(make())
-    step = jax.vmap(lambda item: replay_step(policy, make(), item, COND))(kept)
+    step = jax.vmap(lambda item: replay_step(policy, make(), item, COND))(
+        transitions(kept)
+    )
     z = (kept.x_s - step.mean)[:-1] / np.asarray(step.std)[:-1, :, None, None]
     noise = np.stack([fresh_noise(i) for i in range(STEPS - 1)])
     np.testing.assert_allclose(z, noise, atol=1e-4)

@@ -70,4 +70,6 @@ def to_unit(pixels: UInt8[Array, "b h w c"]) -> Float[Array, "b h w c"]:
 
 def _half(params: Params, parts: tuple[str, ...]) -> Params:
     kept = {name: params[name] for name in parts if name in params}
-    return jax.tree.map(jnp.asarray, kept)
+    # a plan has shapes in place of weights
+    place = lambda a: a if isinstance(a, jax.ShapeDtypeStruct) else jnp.asarray(a)  # noqa: E731
+    return jax.tree.map(place, kept)

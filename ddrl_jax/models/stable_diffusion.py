@@ -1,6 +1,6 @@
 """Stable Diffusion 1.x and 2.x as a Pipeline: text encoder, UNet and autoencoder."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array
 
 from ddrl_jax.errors import UserError
-from ddrl_jax.interfaces import Params, Pipeline
+from ddrl_jax.interfaces import Cond, Params, Pipeline
 from ddrl_jax.models.clip_tokenizer import clip_tokenize
 from ddrl_jax.models.convert import check_leaves, to_jax
 from ddrl_jax.models.folder import fingerprint, read_tensors, resolve
@@ -39,31 +39,54 @@ def stable_diffusion_pipeline(config: Any, mesh: Mesh | None = None) -> Pipeline
     Raises:
       UserError: the model can not be found, read or honoured.
     """
+    source = read_source(model_folder(config.model), config.model.variant)
+    return assemble(source, mesh=mesh, **_options(config))
+
+
+def planned_pipeline(config: Any, mesh: Mesh | None = None) -> Pipeline:
+    """The same of the folder's JSON alone: weights are shapes, nothing can run.
+
+    Of a hub repository only the JSON and text files are downloaded.
+
+    Args:
+      config: the whole configuration.
+      mesh: on which the network is planned to run.
+
+    Raises:
+      UserError: the model can not be found, read or honoured.
+    """
+    source = read_source(model_folder(config.model, False), config.model.variant)
+    return assemble(source, mesh=mesh, weights=False, **_options(config))
+
+
+def _options(config: Any) -> dict[str, Any]:
+    """What a configuration says of its pipeline besides the folder."""
     model = config.model
-    folder = model_folder(model)
-    return assemble(
-        read_source(folder, model.variant),
-        image_size=model.image_size,
-        dtype=model.dtype,
-        remat=model.remat,
-        rank=config.lora.rank,
-        alpha=config.lora.alpha,
-        impl=model.attention,
-        mesh=mesh,
-        vae_dtype=model.vae_dtype,
-        vae_at_once=model.vae_at_once,
-    )
+    return {
+        "image_size": model.image_size,
+        "dtype": model.dtype,
+        "remat": model.remat,
+        "rank": config.lora.rank,
+        "alpha": config.lora.alpha,
+        "impl": model.attention,
+        "vae_dtype": model.vae_dtype,
+        "vae_at_once": model.vae_at_once,
+    }
 
 
-def model_folder(model: Any) -> Path:
+def model_folder(model: Any, weights: bool = True) -> Path:
     """The folder of config.model.init: shipped, local, or downloaded from the hub.
+
+    Args:
+      model: config.model.
+      weights: False where only its JSON and text files are wanted.
 
     Raises:
       UserError: the model can not be found.
     """
     if model.init == "assets":
         return TINY
-    return resolve(model.init, model.revision, model.variant)
+    return resolve(model.init, model.revision, model.variant, weights)
 
 
 def assemble(
@@ -78,6 +101,7 @@ def assemble(
     mesh: Mesh | None = None,
     vae_dtype: str = "float32",
     vae_at_once: int = 1,
+    weights: bool = True,
 ) -> Pipeline:
     """A Pipeline of a folder that was read.
 
@@ -92,6 +116,7 @@ def assemble(
       mesh: on which the UNet will run; None is one device.
       vae_dtype: of the autoencoder's products.
       vae_at_once: pictures decoded at a time.
+      weights: False for a plan: no weight is read, nothing but shapes can be asked for.
 
     Raises:
       UserError: weights that do not fit, or an image size that has no latent.
@@ -99,14 +124,13 @@ def assemble(
     shape = latent_shape(source, image_size)
     network = UNet2DConditionModel(source.unet, dtype, remat, rank, alpha, impl, mesh)
     boxed_init, denoise = _denoiser(network, shape)
-    # Before the weights: what is wrong with it is an error without a wait.
-    tokenize = clip_tokenize(source.folder / "tokenizer", source.text)
-    encode = make_encode(tokenize, source.text, load_params(source, "clip_text"))
-    vae = load_params(source, "vae")
+    encode, uncond = _text(source) if weights else _planned_text(source)
+    vae = load_params(source, "vae") if weights else network_shapes("vae", source.vae)
     shapes = jax.eval_shape(boxed_init, jax.random.key(0))
+    components = [source.folder / name for name in COMPONENTS.values()]
     return Pipeline(
         encode=encode,
-        uncond=encode([""]),
+        uncond=uncond,
         init=lambda key: nn.meta.unbox(boxed_init(key)),
         denoise=denoise,
         decode=make_decode(source.vae, vae, vae_dtype, vae_at_once),
@@ -116,12 +140,28 @@ def assemble(
         latent_shape=shape,
         prediction=source.prediction,
         load=lambda: load_params(source, "unet", nn.meta.unbox(shapes)["params"]),
-        fingerprint=fingerprint(
-            [source.folder / name for name in COMPONENTS.values()], source.variant
-        ),
+        fingerprint=fingerprint(components, source.variant) if weights else "",
         encode_images=make_encode_images(source.vae, vae, vae_dtype, vae_at_once),
         precise=PRECISE,
     )
+
+
+def _text(source: Source) -> tuple[Callable[..., Cond], Cond]:
+    """The encoder of prompts, and the empty prompt."""
+    # Before the weights: what is wrong with it is an error without a wait.
+    tokenize = clip_tokenize(source.folder / "tokenizer", source.text)
+    encode = make_encode(tokenize, source.text, load_params(source, "clip_text"))
+    return encode, encode([""])
+
+
+def _planned_text(source: Source) -> tuple[Callable[..., Cond], Cond]:
+    """Without weights: zeros in place of the empty prompt."""
+    shape = (1, source.text.max_position_embeddings, source.text.hidden_size)
+
+    def encode(prompts: Sequence[str]) -> Cond:
+        raise AssertionError("a plan has no text encoder")
+
+    return encode, Cond(jnp.zeros(shape))
 
 
 def _denoiser(

@@ -28,7 +28,8 @@ def plan_mode(config: Any, flags: Mapping[str, str | None]) -> None:
     """Prints the plan of a configuration.
 
     Args:
-      config: the whole configuration; no weight and no file of it is read.
+      config: the whole configuration; of a diffusers model only the JSON is
+        read.
       flags: "devices", "chip", "efficiency" and "suggest" as on the command line.
 
     Raises:

@@ -1,7 +1,8 @@
 """A run's two large programs, compiled for a mesh that is not here.
 
-Arguments are shapes with shardings: no weight is made, no file is read. The functions
-are those of `program`, so what is planned is what runs.
+Arguments are shapes with shardings: no weight is made and no file is read, but for the
+JSON of a diffusers model. The functions are those of `program`, so what is planned is
+what runs.
 """
 
 import math
@@ -19,6 +20,7 @@ from ddrl_jax.draws import draw_trained_steps
 from ddrl_jax.flops import Count, count
 from ddrl_jax.interfaces import DataSource, Memory, Trajectory
 from ddrl_jax.learner import Minibatch, TrainState
+from ddrl_jax.models.stable_diffusion import planned_pipeline
 from ddrl_jax.optim import make_optimizer
 from ddrl_jax.plan.hlo import Collective, collectives
 from ddrl_jax.program import (
@@ -29,10 +31,13 @@ from ddrl_jax.program import (
     make_sample,
     total_updates,
 )
-from ddrl_jax.rollout import step_times
+from ddrl_jax.rollout import step_times, stored_states
 from ddrl_jax.sharding import AXES, BATCH, make_mesh, params_shardings, table, without
 from ddrl_jax.terms import WEIGHTED
 from ddrl_jax.weights import Weights, describe_weights
+
+# Pipelines whose weights are shapes.
+PLANNED = PIPELINES | {"stable_diffusion": planned_pipeline}
 
 
 class Phase(NamedTuple):
@@ -100,7 +105,7 @@ def describe(config: Any) -> Abstract:
       config: the whole configuration, checked.
     """
     mesh = make_mesh(config.mesh)
-    pipeline = PIPELINES[config.model.name](config, mesh)
+    pipeline = PLANNED[config.model.name](config, mesh)
     kernel = make_kernel(config.sampler, pipeline.prediction)
     source = None
     if config.data_term.weight:  # as from a cache of latents: they come with the chunk
@@ -178,13 +183,13 @@ def _chunk(config: Any, mesh: Mesh, pipeline: Any, kernel: Any) -> Minibatch:
     keys = split((size,), key)
     like = lambda u: split((size, *u.shape[1:]), u.dtype)  # noqa: E731
     cond = jax.tree.map(like, pipeline.uncond)
-    states, flat = split((steps, size, *latent), axis=1), split((steps, size), axis=1)
-    memory = None
+    stored = stored_states(steps, len(kernel.levels))
+    states, flat = split((stored, size, *latent), axis=1), split((steps, size), axis=1)
+    index, memory = split((steps, size), jnp.int32, 1), None
     if kernel.remember is not None:
-        memory = Memory(states, flat)
+        memory = Memory(split((steps, size, *latent), axis=1), flat)
     kept = Trajectory(
-        *(states, states, flat, split((steps, size, 2), axis=1)),
-        *(split((steps, size), jnp.int32, 1), memory),
+        *(states, index, flat, split((steps, size, 2), axis=1), index, memory)
     )
     pair = (split((size, *latent)), cond) if config.data_term.weight else (None, None)
     if not config.policy.weight:
