@@ -18,6 +18,7 @@ peak, which a chip with bfloat16 products does not make.
 """
 
 import argparse
+import itertools
 import json
 import re
 import sys
@@ -161,7 +162,7 @@ def write_model(folder: Path) -> Path:
 
 def planned(variant: str, microbatch: int, model: Path) -> Abstract:
     """A variant of configs/aesthetic.py on one device; micro-batch 0 is its own."""
-    config = aesthetic.get_config(variant)
+    config: Any = aesthetic.get_config(variant)
     config.model.init = str(model)
     config.mesh.data = 1
     config.train.microbatch = microbatch or config.train.microbatch
@@ -193,7 +194,8 @@ def programs(plan: Abstract) -> list[Part]:
 
 def resident(plan: Abstract) -> dict[str, int]:
     """Bytes that lie on the device besides an update's own arguments."""
-    config, pipeline = plan.config, plan.weights.pipeline
+    config: Any = plan.config
+    pipeline = plan.weights.pipeline
     text = read_source(Path(config.model.init)).text
     others = (config.train.minibatches - 1) * plan.chunks
     prompts = len(prompt_set(config.prompts.set))
@@ -258,19 +260,24 @@ def main(arguments: Sequence[str]) -> None:
     options = flags.parse_args(arguments)
     rows: list[tuple[Measured, int]] = []
     notes: list[str] = []
+    cases = itertools.product(options.microbatches, options.variants)
     with tempfile.TemporaryDirectory() as folder:
         model = write_model(Path(folder))
-        for microbatch in options.microbatches:
-            for variant in options.variants:
-                plan = planned(variant, microbatch, model)
-                c = plan.config
-                label = f"{variant}, {c.model.dtype}, micro-batch {c.train.microbatch}"
-                for part in programs(plan):
-                    name, shapes = f"{label}: {part.name}", part.arguments
-                    found = measure(name, part.function, shapes, options.scheduler)
-                    rows.append((found, part.samples))
-                    notes += beside(label, plan, found) if part.name == "update" else []
-                    write(Path(options.out), arguments, options.scheduler, rows, notes)
+        for microbatch, variant in cases:
+            plan = planned(variant, microbatch, model)
+            for part in programs(plan):
+                label = name_of(variant, plan)
+                name, shapes = f"{label}: {part.name}", part.arguments
+                found = measure(name, part.function, shapes, options.scheduler)
+                rows.append((found, part.samples))
+                notes += beside(label, plan, found) if part.name == "update" else []
+                write(Path(options.out), arguments, options.scheduler, rows, notes)
+
+
+def name_of(variant: str, plan: Abstract) -> str:
+    """A variant as the table names it."""
+    config: Any = plan.config
+    return f"{variant}, {config.model.dtype}, micro-batch {config.train.microbatch}"
 
 
 def write(
