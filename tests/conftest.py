@@ -44,6 +44,20 @@ def _connect_within_this_machine(self: socket.socket, address) -> None:
     return _connect(self, address)
 
 
+@pytest.fixture(autouse=True, scope="module")
+def unoptimised(request):
+    """Of a module with this mark XLA's optimisations are left out, in what it starts
+    too: the programs compile in half the time. Not for tests of bits and memory."""
+    if request.node.get_closest_marker("unoptimised") is None:
+        yield
+        return
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+        jax.config.update("jax_disable_most_optimizations", True)
+        yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
 @pytest.fixture(autouse=True)
 def no_network(monkeypatch):
     monkeypatch.setattr(socket.socket, "connect", _connect_within_this_machine)

@@ -123,7 +123,7 @@ if stage == "metrics":
 sys.exit(run(sys.argv))
 """
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.unoptimised]
 
 
 def start(workdir: Path, *more: str, moment: tuple = ("none", 0, 0.0)):

@@ -20,6 +20,8 @@ from process_runs import (
     to_its_end,
 )
 
+pytestmark = pytest.mark.unoptimised
+
 # ---- the launcher
 
 

@@ -39,7 +39,7 @@ ROWS = {
 CLOCKS = ("time/", "perf/", "samples_per_second")
 LOSSES = ("data/loss", "data/heldout_loss", "policy/loss")
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.unoptimised]
 
 
 class Runs(NamedTuple):
