@@ -111,13 +111,14 @@ def get_config(variant: str = "") -> ConfigDict:
     c.rewards.timeout = 120.0  # seconds a batch may take
     c.rewards.on_failure = "error"  # "error" | "mask" (the sample leaves its group)
 
-    # Folders or hub repositories, for aesthetic, clip_score, pickscore and hpsv2;
-    # "assets" is a tiny random one for :smoke.
+    # Folders or hub repositories, for aesthetic, clip_score, pickscore and hpsv2; two
+    # are single files, by path or as owner/name:file of the hub. "assets" is a tiny
+    # random one for :smoke (there is none of hpsv2).
     c.rewards.clip = "openai/clip-vit-large-patch14"
     c.rewards.clip_h = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
-    c.rewards.aesthetic_head = ""  # path of sac+logos+ava1-l14-linearMSE.pth
+    c.rewards.aesthetic_head = "trl-lib/ddpo-aesthetic-predictor:aesthetic-model.pth"
     c.rewards.pickscore = "yuvalkirstain/PickScore_v1"
-    c.rewards.hpsv2 = ""  # path of HPS_v2.1_compressed.pt
+    c.rewards.hpsv2 = "xswu/HPSv2:HPS_v2.1_compressed.pt"
     c.rewards.vlm = ConfigDict()  # vlm_alignment and vlm_questions
     c.rewards.vlm.base_url = ""  # of an OpenAI-compatible server, ending in /v1
     c.rewards.vlm.model = ""  # its name there

@@ -69,6 +69,7 @@ IMPORT_TABLE: dict[str, tuple[str, ...]] = {
         "models.clip_tokenizer",
         "models.convert",
         "models.folder",
+        "models.hub",
     ),
     "data": ("data",),
     "rollout": ("diffusion.gaussian",),

@@ -14,6 +14,7 @@ from ddrl_jax.errors import UserError
 from ddrl_jax.interfaces import Params
 from ddrl_jax.models.convert import table, to_torch_names, torch_names
 from ddrl_jax.models.folder import (
+    FOREIGN,
     exists,
     index_of,
     read_json,
@@ -28,6 +29,7 @@ DTYPES: Mapping[str, Any] = {
     "bfloat16": ml_dtypes.bfloat16,
 }
 LORA_FILE = "pytorch_lora_weights.safetensors"  # what load_lora_weights looks for
+INDEX = "model_index.json"
 COPIED = (".json", ".txt", ".safetensors", ".md")
 FACTORS = {"a": "lora_A.weight", "b": "lora_B.weight"}
 
@@ -41,8 +43,10 @@ def write_pipeline(
 ) -> Path:
     """A copy of a pipeline folder with the weights of its UNet replaced.
 
-    Shards and names of files stay those of the source, configurations are not touched,
-    and the folder loads with the same `variant` as the source.
+    Shards and names of files stay those of the source, and the folder loads with the
+    same `variant` as the source. Configurations are not touched, but model_index.json
+    names only the components that are there: a download from the hub leaves out the
+    safety checker.
 
     Args:
       source_folder: the folder the training started from.
@@ -70,6 +74,7 @@ def write_pipeline(
     try:
         _copy_all_but_unet_weights(source_folder, part)
         _write_unet(source_folder / "unet", part / "unet", files, tensors, variant)
+        _write_index(source_folder, part)
         part.rename(target)
     except OSError as e:
         raise UserError(
@@ -219,3 +224,24 @@ def _write_unet(
         total = sum(t.nbytes for t in tensors.values())
         content = {"metadata": {"total_size": total}, "weight_map": home}
         (target / index.name).write_text(json.dumps(content, indent=2, sort_keys=True))
+
+
+def _write_index(source: Path, target: Path) -> None:
+    """model_index.json with what was not copied marked as absent, as diffusers does."""
+    index = read_json(source / INDEX)
+    pairs = {name for name, value in index.items() if isinstance(value, list)}
+    gone = {name for name in pairs if not _is_whole(source / name, target / name)}
+    if "feature_extractor" in gone:
+        gone.add("safety_checker")  # sees through it
+    index |= dict.fromkeys(gone & pairs, [None, None])
+    if "safety_checker" in gone:
+        index["requires_safety_checker"] = False
+    (target / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+
+
+def _is_whole(source: Path, target: Path) -> bool:
+    """A component whose weights, if it has any, were copied too."""
+    weights = [*FOREIGN, "*.safetensors"]
+    any_of = lambda folder, kinds: any(list(folder.glob(k)) for k in kinds)  # noqa: E731
+    copied = any_of(target, weights) or not any_of(source, weights)
+    return target.is_dir() and copied

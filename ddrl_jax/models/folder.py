@@ -1,4 +1,4 @@
-"""Folders in the diffusers layout: where they are, their JSON and their tensors.
+"""Folders in the diffusers layout: their JSON and their tensors.
 
 Weights are read from safetensors only: nothing here can run code from a checkpoint.
 """
@@ -7,7 +7,6 @@ import contextlib
 import hashlib
 import json
 import os
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,99 +15,16 @@ import numpy as np
 
 from ddrl_jax.errors import UserError
 
-REPO_ID = re.compile(r"[A-Za-z0-9_][\w.-]*(/[A-Za-z0-9_][\w.-]*)?")
 STEMS = ("diffusion_pytorch_model", "model")  # of diffusers and of transformers
 FOREIGN = ("*.bin", "*.ckpt", "*.pt", "*.pth", "*.msgpack", "*.h5")  # other formats
-UNUSED = ("safety_checker/*", "feature_extractor/*")  # parts nobody asks for
+CONVERT = (
+    "only safetensors are read, because other formats can run code. Where you trust "
+    "the files, convert them once: load the model in torch with from_pretrained, save "
+    "it with save_pretrained('FOLDER', safe_serialization=True)"
+)
 
 WHOLE_BYTES = 500_000_000  # of a file whose every byte enters the fingerprint
 SAMPLES, SAMPLE_BYTES = 256, 1 << 16  # of a larger one; the first holds the header
-
-
-def resolve(
-    path_or_repo_id: str,
-    revision: str = "main",
-    variant: str = "",
-    weights: bool = True,
-) -> Path:
-    """The folder of a model: a local one as it is, a hub repository downloaded.
-
-    Of a repository come the JSON and text files and the safetensors of one variant.
-
-    Args:
-      path_or_repo_id: a folder, or "owner/name" on the hub. A folder wins.
-      revision: branch, tag or commit of the repository.
-      variant: "" or for example "fp16".
-      weights: False where only the JSON and text files are wanted.
-
-    Raises:
-      UserError: no such folder or repository, no network or no access.
-    """
-    path = Path(path_or_repo_id)
-    if path.is_dir():
-        return path
-    if path.is_file():
-        raise UserError(
-            f"the model {path_or_repo_id} is a single file",
-            got="a file",
-            wanted="a folder in the diffusers layout: model_index.json, unet/, ...",
-            way_out="convert it once where torch is installed: StableDiffusionPipeline"
-            f".from_single_file({str(path)!r}).save_pretrained('FOLDER')",
-        )
-    if not REPO_ID.fullmatch(path_or_repo_id):
-        raise UserError(
-            f"there is no folder {path_or_repo_id}",
-            got="no such folder, and no repository id either",
-            wanted="a folder in the diffusers layout, or 'owner/name' on the hub",
-            way_out="correct the path, or first try the program with the :smoke "
-            "variant of the config, which needs no weights",
-        )
-    end = f".{variant}" if variant else ""
-    kinds = [f"*model{end}.safetensors", f"*model{end}-?????-of-?????.safetensors"]
-    kinds += [f"*model-?????-of-?????{end}.safetensors"] if variant else []
-    patterns = ["*.json", "*.txt", *(kinds if weights else ())]
-    return _download(path_or_repo_id, revision, patterns)
-
-
-def _download(repo_id: str, revision: str, patterns: list[str]) -> Path:
-    try:
-        from huggingface_hub import snapshot_download
-    except ImportError as e:
-        raise UserError(
-            f"the model {repo_id} is no folder here, and the hub can not be asked",
-            got="huggingface_hub is not installed",
-            wanted="a folder, or huggingface_hub",
-            way_out="pip install huggingface_hub",
-        ) from e
-    try:
-        found = snapshot_download(
-            repo_id,
-            revision=revision,
-            allow_patterns=patterns,
-            ignore_patterns=list(UNUSED),
-        )
-    # Five libraries under it raise as many families of exceptions, and each means the
-    # same to the user.
-    except Exception as e:
-        raise _unreachable(repo_id, revision, e) from e
-    return Path(found)
-
-
-def _unreachable(repo_id: str, revision: str, cause: Exception) -> UserError:
-    command = f"hf download {repo_id} --revision {revision} --local-dir FOLDER"
-    command += " --include '*.json' '*.txt' '*.safetensors'"
-    offline = os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
-    reason = "HF_HUB_OFFLINE is set and it is not in the cache" if offline else ""
-    reason = reason or f"{type(cause).__name__}: {str(cause).strip()}"
-    return UserError(
-        f"the model {repo_id} is no folder here and can not be downloaded "
-        f"(revision {revision})",
-        got=reason.splitlines()[0],
-        wanted="a repository on the hub that this machine can reach and you may read",
-        way_out=f"on a machine with access run `{command}` and name that FOLDER "
-        "(`hf auth login` first if the repository asks for consent); or try the "
-        "program with the :smoke variant of the config, which needs no weights",
-    )
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -155,16 +71,21 @@ def weight_files(folder: Path, variant: str | None = None) -> list[Path]:
             wanted="the component with its config.json and weights",
             way_out="download the whole model again",
         )
+    if not (found := find_weights(folder, variant)):
+        raise _no_weights(folder, variant)
+    return found
+
+
+def find_weights(folder: Path, variant: str | None = None) -> list[Path]:
+    """As `weight_files`, but [] where there are none of this variant."""
     if index := index_of(folder, variant):
         return _shards(index)
-    for stem in STEMS:
-        single = folder / f"{stem}{_end(variant)}.safetensors"
-        if single.is_file():
-            return [single]
-    raise _no_weights(folder, variant)
+    singles = [folder / f"{stem}{end_of(variant)}.safetensors" for stem in STEMS]
+    return [file for file in singles if file.is_file()][:1]
 
 
-def _end(variant: str | None) -> str:
+def end_of(variant: str | None) -> str:
+    """What a variant adds to the name of a weight file."""
     return f".{variant}" if variant else ""
 
 
@@ -173,7 +94,7 @@ def index_of(folder: Path, variant: str | None = None) -> Path | None:
 
     Arguments as `weight_files`.
     """
-    names = [f"{stem}.safetensors.index{_end(variant)}.json" for stem in STEMS]
+    names = [f"{stem}.safetensors.index{end_of(variant)}.json" for stem in STEMS]
     return next((folder / n for n in names if (folder / n).is_file()), None)
 
 
@@ -196,17 +117,12 @@ def _shards(index: Path) -> list[Path]:
 def _no_weights(folder: Path, variant: str | None) -> UserError:
     others = sorted(file.name for file in folder.glob("*.safetensors"))
     foreign = sorted(file.name for kind in FOREIGN for file in folder.glob(kind))
-    wanted = " or ".join(f"{stem}{_end(variant)}.safetensors" for stem in STEMS)
+    wanted = " or ".join(f"{stem}{end_of(variant)}.safetensors" for stem in STEMS)
     way_out = "download the weights of this component"
     if others:
         way_out = "choose another variant (config.model.variant)"
     elif foreign:
-        way_out = (
-            "only safetensors are read, because other formats can run code. Where you "
-            "trust the files, convert them once: load the model in torch with "
-            "from_pretrained, save it with save_pretrained(FOLDER, "
-            "safe_serialization=True)"
-        )
+        way_out = CONVERT
     return UserError(
         f"{folder} has no safetensors weights"
         + (f" of the variant {variant!r}" if variant else ""),

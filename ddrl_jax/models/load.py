@@ -3,9 +3,9 @@
 from typing import Any
 
 from ddrl_jax.interfaces import Pipeline
-from ddrl_jax.models.folder import resolve
+from ddrl_jax.models.hub import resolve
 from ddrl_jax.models.sd_folder import read_source
-from ddrl_jax.models.stable_diffusion import assemble
+from ddrl_jax.models.stable_diffusion import COMPONENTS, assemble
 
 
 def load_pipeline(
@@ -23,5 +23,6 @@ def load_pipeline(
     Raises:
       UserError: the model can not be found, read or honoured.
     """
-    folder = resolve(path_or_repo_id, revision, variant)
+    parts = tuple(COMPONENTS.values())
+    folder = resolve(path_or_repo_id, revision, variant, parts)
     return assemble(read_source(folder, variant), **options)

@@ -15,7 +15,8 @@ from ddrl_jax.errors import UserError
 from ddrl_jax.interfaces import Cond, Params, Pipeline
 from ddrl_jax.models.clip_tokenizer import clip_tokenize
 from ddrl_jax.models.convert import check_leaves, to_jax
-from ddrl_jax.models.folder import fingerprint, read_tensors, resolve
+from ddrl_jax.models.folder import fingerprint, read_tensors
+from ddrl_jax.models.hub import resolve
 from ddrl_jax.models.latent_codec import make_decode, make_encode_images
 from ddrl_jax.models.networks import network_shapes
 from ddrl_jax.models.prompt_encoder import make_encode
@@ -86,7 +87,8 @@ def model_folder(model: Any, weights: bool = True) -> Path:
     """
     if model.init == "assets":
         return TINY
-    return resolve(model.init, model.revision, model.variant, weights)
+    parts = tuple(COMPONENTS.values()) if weights else ()
+    return resolve(model.init, model.revision, model.variant, parts, "model.init")
 
 
 def assemble(

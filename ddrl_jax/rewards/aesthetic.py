@@ -17,16 +17,14 @@ import numpy as np
 from jaxtyping import Array, Float, UInt8
 
 from ddrl_jax.errors import UserError
+from ddrl_jax.models.hub import resolve_file
 from ddrl_jax.rewards.clip_folder import CLIP_L, PRECISION, ClipJudge, Load, load_clip
 from ddrl_jax.rewards.tensor_file import read_tensor_file
 
 LAYERS = (0, 2, 4, 6, 7)  # the linear ones; those between are dropout
 # of sac+logos+ava1-l14-linearMSE.pth as its authors published it
 SHA256 = "21dd590f3ccdc646f0d53120778b296013b096a035a2718c9cb0d511bff0f1e0"
-SOURCE = (
-    "https://github.com/christophschuhmann/improved-aesthetic-predictor/raw/main/"
-    "sac%2Blogos%2Bava1-l14-linearMSE.pth"
-)
+HEAD = "trl-lib/ddpo-aesthetic-predictor:aesthetic-model.pth"  # the same, on the hub
 
 Head = tuple[tuple[Array, Array], ...]  # (weight [o i], bias [o]) of each layer
 
@@ -112,11 +110,13 @@ class Aesthetic(NamedTuple):
         return np.asarray(aesthetic_score(self.head, jnp.asarray(features)))
 
 
-def aesthetic(head: str, clip: str = CLIP_L, load: Load = load_clip) -> Aesthetic:
+def aesthetic(
+    head: str = HEAD, clip: str = CLIP_L, load: Load = load_clip
+) -> Aesthetic:
     """Returns the reward.
 
     Args:
-      head: path of the head's file.
+      head: path of the head's file, or "owner/name:file" of the hub.
       clip: folder or hub repository of CLIP ViT-L/14.
       load: as `load_clip`.
 
@@ -127,10 +127,12 @@ def aesthetic(head: str, clip: str = CLIP_L, load: Load = load_clip) -> Aestheti
         raise UserError(
             "the aesthetic reward needs the file of its head",
             got="rewards.aesthetic_head=''",
-            wanted="the path of sac+logos+ava1-l14-linearMSE.pth (3.7 MB)",
-            way_out=f"curl -LO {SOURCE} and name it in --config.rewards.aesthetic_head",
+            wanted="the path of sac+logos+ava1-l14-linearMSE.pth (3.7 MB), or its place"
+            " on the hub",
+            way_out=f"--config.rewards.aesthetic_head={HEAD}",
         )
-    layers = read_head(Path(head))  # first: it is small, and CLIP is not
+    # first: it is small, and CLIP is not
+    layers = read_head(resolve_file(head, "rewards.aesthetic_head"))
     judge = load(clip, text=False)
     width = layers[0][0].shape[1]
     if width != judge.width:
@@ -149,5 +151,5 @@ def _bad_head(path: Path, reason: str) -> UserError:
         got=reason,
         wanted=f"layers.i.weight and .bias for i in {LAYERS}, each fitting the next,"
         " one output",
-        way_out=f"curl -LO {SOURCE}",
+        way_out=f"--config.rewards.aesthetic_head={HEAD}",
     )

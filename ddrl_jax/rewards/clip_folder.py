@@ -19,11 +19,13 @@ from ddrl_jax.interfaces import Params
 from ddrl_jax.models.clip import Clip, ClipConfig
 from ddrl_jax.models.clip_tokenizer import Tokenize, clip_tokenize
 from ddrl_jax.models.convert import to_jax
-from ddrl_jax.models.folder import read_json, read_tensors, resolve
+from ddrl_jax.models.folder import read_json, read_tensors
+from ddrl_jax.models.hub import ROOT, resolve
 from ddrl_jax.rewards.preprocess import Processor
 
 CLIP_L = "openai/clip-vit-large-patch14"  # of the aesthetic score and CLIPScore
 CLIP_H = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"  # what PickScore and HPSv2 start from
+KEYS = ("rewards.clip", "rewards.clip")  # of weights, and of processing files
 CHUNK = 16  # pictures or prompts a call: one shape, so each compiles once
 # Products in full float32: a judge must not depend on the fast modes of a device.
 PRECISION = "highest"
@@ -58,13 +60,17 @@ class ClipFiles(NamedTuple):
     processor: Processor
 
 
-def read_clip_files(path_or_repo_id: str, revision: str = "main") -> ClipFiles:
+def read_clip_files(path_or_repo_id: str, key: str = "") -> ClipFiles:
     """Reads config.json and the picture processing of a folder or hub repository.
+
+    Args:
+      path_or_repo_id: of the model.
+      key: of the configuration that names it, for messages.
 
     Raises:
       UserError: not there, not a CLIP, or a setting that can not be honoured.
     """
-    folder = resolve(path_or_repo_id, revision, weights=False)
+    folder = resolve(path_or_repo_id, key=key)
     found = read_json(folder / "config.json")
     return ClipFiles(folder, found, ClipConfig.from_json(found), read_processor(folder))
 
@@ -97,14 +103,21 @@ class RewardNetworks:
         self._clips: dict[tuple[str, str], ClipJudge] = {}
 
     def clip(
-        self, path_or_repo_id: str, processing: str = "", *, text: bool = True
+        self,
+        path_or_repo_id: str,
+        processing: str = "",
+        *,
+        text: bool = True,
+        keys: Sequence[str] = KEYS,
     ) -> ClipJudge:
         """As `load_clip`, or what an earlier call loaded."""
         key = (path_or_repo_id, processing)
         known = self._clips.get(key)
         if known is None or (text and known.prompts is None):
             seen = known and known.pictures
-            known = load_clip(path_or_repo_id, processing, text=text, pictures=seen)
+            known = load_clip(
+                path_or_repo_id, processing, text=text, pictures=seen, keys=keys
+            )
             self._clips[key] = known
         return known
 
@@ -115,6 +128,7 @@ def load_clip(
     *,
     text: bool = True,
     pictures: See | None = None,
+    keys: Sequence[str] = KEYS,
 ) -> ClipJudge:
     """Loads a CLIP for judging.
 
@@ -125,14 +139,15 @@ def load_clip(
       text: False leaves the text tower out of memory.
       pictures: of a judge that was loaded without its text tower; in place of another
         copy of the picture tower.
+      keys: of the configuration that name the two, for messages.
 
     Raises:
       UserError: files that are missing, damaged or do not fit each other.
     """
-    folder = resolve(path_or_repo_id)
+    folder = resolve(path_or_repo_id, parts=(ROOT,), key=keys[0])
     found = read_json(folder / "config.json")
     config = ClipConfig.from_json(found)
-    sources = resolve(processing, weights=False) if processing else folder
+    sources = resolve(processing, key=keys[1]) if processing else folder
     params = to_jax("clip", read_tensors(folder), found)
     tokenize = clip_tokenize(sources, config.text) if text else None
     return make_judge(config, params, read_processor(sources), tokenize, pictures)

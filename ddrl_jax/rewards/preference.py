@@ -5,7 +5,6 @@ between picture and prompt; they differ in training data, scale and picture proc
 """
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -14,6 +13,7 @@ from jaxtyping import Float, UInt8
 from ddrl_jax.errors import UserError
 from ddrl_jax.models.clip_tokenizer import clip_tokenize
 from ddrl_jax.models.convert import to_jax
+from ddrl_jax.models.hub import resolve_file
 from ddrl_jax.rewards.clip_folder import (
     CLIP_H,
     ClipJudge,
@@ -27,7 +27,7 @@ from ddrl_jax.rewards.open_clip import from_open_clip
 from ddrl_jax.rewards.tensor_file import read_tensor_file
 
 PICKSCORE = "yuvalkirstain/PickScore_v1"
-HPSV2_FILE = "HPS_v2.1_compressed.pt"  # of the hub repository xswu/HPSv2
+HPSV2 = "xswu/HPSv2:HPS_v2.1_compressed.pt"
 HPS_SCALE = 100.0  # of the tables of its paper; its package returns the cosine itself
 
 
@@ -67,18 +67,19 @@ def pickscore(
     Raises:
       UserError: files that are missing, damaged or do not fit each other.
     """
-    judge = load(weights, clip)
+    judge = load(weights, clip, keys=("rewards.pickscore", "rewards.clip_h"))
     return Preference(judge, judge.scale)
 
 
-def hpsv2(weights: str, clip: str = CLIP_H) -> Preference:
+def hpsv2(weights: str = HPSV2, clip: str = CLIP_H) -> Preference:
     """HPSv2 (Wu 2023, arXiv 2306.09341): 100 cos(picture, prompt), about 20 to 35.
 
     Its pictures keep their whole area: the longer side becomes 224, the rest is black.
 
     Args:
       weights: HPS_v2_compressed.pt or HPS_v2.1_compressed.pt, a state dict of open_clip
-        (read without running its pickle), or a .safetensors of it.
+        (read without running its pickle), or a .safetensors of it; a path, or
+        "owner/name:file" of the hub.
       clip: folder or hub repository of config.json, tokenizer and picture processing.
 
     Raises:
@@ -88,13 +89,12 @@ def hpsv2(weights: str, clip: str = CLIP_H) -> Preference:
         raise UserError(
             "the reward hpsv2 needs the file of its weights",
             got="rewards.hpsv2=''",
-            wanted=f"the path of {HPSV2_FILE}",
-            way_out=f"hf download xswu/HPSv2 {HPSV2_FILE} --local-dir FOLDER and name"
-            " it in --config.rewards.hpsv2",
+            wanted="the path of HPS_v2.1_compressed.pt, or its place on the hub",
+            way_out=f"--config.rewards.hpsv2={HPSV2}",
         )
-    files = read_clip_files(clip)  # first: they are small
+    files = read_clip_files(clip, "rewards.clip_h")  # first: they are small
     tokenize = clip_tokenize(files.folder, files.config.text)
-    content = read_tensor_file(Path(weights))
+    content = read_tensor_file(resolve_file(weights, "rewards.hpsv2"))
     tensors = content.get("state_dict", content)
     if not isinstance(tensors, Mapping) or not all(
         isinstance(tensor, np.ndarray) for tensor in tensors.values()
@@ -103,7 +103,7 @@ def hpsv2(weights: str, clip: str = CLIP_H) -> Preference:
             f"{weights} holds no state dict",
             got=", ".join(map(str, content))[:200],
             wanted="tensors by name, alone or under 'state_dict'",
-            way_out=f"hf download xswu/HPSv2 {HPSV2_FILE} --local-dir FOLDER",
+            way_out=f"--config.rewards.hpsv2={HPSV2}",
         )
     params = to_jax("clip", from_open_clip(tensors, weights), files.json)
     processor = files.processor._replace(

@@ -37,9 +37,9 @@ REWARDS: dict[str, Callable[[Any, RewardNetworks], Reward]] = {
         _place(config.clip), networks.clip
     ),
     "pickscore": lambda config, networks: pickscore(
-        config.pickscore, config.clip_h, networks.clip
+        _place(config.pickscore), _place(config.clip_h), networks.clip
     ),
-    "hpsv2": lambda config, _: hpsv2(config.hpsv2, config.clip_h),
+    "hpsv2": lambda config, _: hpsv2(config.hpsv2, _place(config.clip_h)),
     "vlm_alignment": lambda config, _: vlm_alignment(config),
     "vlm_questions": lambda config, _: vlm_questions(config),
     "retrieval": lambda *_: Retrieval(load_judge()),

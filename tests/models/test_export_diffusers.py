@@ -2,6 +2,7 @@
 
 import copy
 import json
+import shutil
 from types import SimpleNamespace
 
 import jax
@@ -15,6 +16,7 @@ from ddrl_jax.models.convert import to_torch_names
 from ddrl_jax.models.export_diffusers import LORA_FILE, write_lora, write_pipeline
 from ddrl_jax.models.folder import read_json, read_tensors, weight_files
 from ddrl_jax.models.load import load_pipeline
+from ddrl_jax.models.stable_diffusion import TINY
 
 RANK, ALPHA = 2, 6.0
 CONFIG = SimpleNamespace(rank=RANK, alpha=ALPHA)
@@ -129,6 +131,68 @@ def test_the_copy_has_the_files_of_the_source(source, trained, tmp_path):
     count = sum(leaf.size for leaf in jax.tree.leaves(trained[0]))
     assert index["metadata"]["total_size"] == 2 * count  # bytes of a half
     assert [f.name for f in tmp_path.iterdir()] == ["out"]
+
+
+# The model_index.json of Stable Diffusion 1.5.
+SD15 = {
+    "_class_name": "StableDiffusionPipeline",
+    "_diffusers_version": "0.6.0",
+    "feature_extractor": ["transformers", "CLIPImageProcessor"],
+    "safety_checker": ["stable_diffusion", "StableDiffusionSafetyChecker"],
+    "requires_safety_checker": True,
+    "scheduler": ["diffusers", "DDIMScheduler"],
+    "text_encoder": ["transformers", "CLIPTextModel"],
+    "tokenizer": ["transformers", "CLIPTokenizer"],
+    "unet": ["diffusers", "UNet2DConditionModel"],
+    "vae": ["diffusers", "AutoencoderKL"],
+}
+KEPT = {"_class_name", "_diffusers_version", "requires_safety_checker"}
+PARTS = {"scheduler", "text_encoder", "tokenizer", "unet", "vae"}
+
+
+def as_downloaded(source, folder, kind):
+    """A copy with the index of SD 1.5: as from the hub, or with what is not copied."""
+    shutil.copytree(source, folder)
+    (folder / "model_index.json").write_text(json.dumps(SD15))
+    if kind == "pickle":
+        (folder / "feature_extractor").mkdir()
+        (folder / "feature_extractor" / "preprocessor_config.json").write_text("{}")
+        (folder / "safety_checker").mkdir()
+        (folder / "safety_checker" / "config.json").write_text("{}")
+        (folder / "safety_checker" / "pytorch_model.bin").write_bytes(b"a pickle")
+    if kind == "eyeless":
+        (folder / "safety_checker").mkdir()
+        (folder / "safety_checker" / "model.safetensors").write_bytes(b"")
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["hub", "pickle", "eyeless"])
+def test_the_index_names_only_what_is_there(tmp_path, kind):
+    source = as_downloaded(TINY, tmp_path / "in", kind)
+    target = write_pipeline(source, tmp_path / "out", load_pipeline(str(TINY)).load())
+    index = read_json(target / "model_index.json")
+    assert {name for name in SD15 if index[name] == [None, None]} == (
+        {"safety_checker"} if kind == "pickle" else set(SD15) - PARTS - KEPT
+    )
+    assert index["requires_safety_checker"] is False
+    assert all(index[name] == SD15[name] for name in PARTS)
+    assert json.loads((source / "model_index.json").read_text()) == SD15
+
+
+def test_a_model_of_the_hub_loads_in_diffusers_again(source, trained, tmp_path):
+    folder = as_downloaded(source, tmp_path / "in", "hub")
+    target = write_pipeline(folder, tmp_path / "out", trained[0])
+    pipe = read_by_diffusers(target)
+    assert pipe.safety_checker is None and pipe.feature_extractor is None
+    assert type(pipe.unet).__name__ == SD15["unet"][1]
+
+
+def test_a_component_that_is_there_stays_in_the_index(tmp_path):
+    source = as_downloaded(TINY, tmp_path / "in", "pickle")
+    weights = source / "safety_checker"
+    (weights / "pytorch_model.bin").rename(weights / "model.safetensors")
+    target = write_pipeline(source, tmp_path / "out", load_pipeline(str(TINY)).load())
+    assert read_json(target / "model_index.json") == SD15
 
 
 @pytest.mark.parametrize(("dtype", "step"), [("float16", 2**-11), ("bfloat16", 2**-8)])

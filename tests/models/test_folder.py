@@ -13,7 +13,6 @@ from ddrl_jax.models.folder import (
     fingerprint,
     read_json,
     read_tensors,
-    resolve,
     weight_files,
     write_tensors,
 )
@@ -138,97 +137,6 @@ def test_json_that_is_no_object_is_refused(tmp_path, content):
     if content is not None:
         path.write_bytes(content if isinstance(content, bytes) else content.encode())
     assert "config.json" in refusal(read_json, path)
-
-
-def test_a_local_folder_needs_no_hub(tmp_path, monkeypatch):
-    assert resolve(str(tmp_path)) == tmp_path
-    (tmp_path / "owner" / "name").mkdir(parents=True)
-    monkeypatch.chdir(tmp_path)
-    assert str(resolve("owner/name")) == "owner/name"
-
-
-@pytest.mark.parametrize("path", ["/no/such/folder", "a/b/c", "./checkpoint", "a b"])
-def test_what_can_be_no_repository_is_a_missing_folder(path):
-    assert "no such folder" in refusal(resolve, path)
-
-
-def test_a_single_file_checkpoint_is_explained(tmp_path):
-    file = tmp_path / "v1-5-pruned.safetensors"
-    save_file({"a": A}, file)
-    assert "from_single_file" in refusal(resolve, str(file))
-
-
-def test_without_the_network_one_message_says_what_to_do(monkeypatch):
-    pytest.importorskip("huggingface_hub")
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    message = refusal(resolve, "nobody/nothing", "v7")
-    for part in ("nobody/nothing", "hf download", "v7", ":smoke", "HF_HUB_OFFLINE"):
-        assert part in message
-
-
-@pytest.mark.parametrize(
-    "cause", [ConnectionError("no route to host"), ValueError("bad id"), RuntimeError()]
-)
-def test_whatever_a_download_raises_is_one_message(monkeypatch, cause):
-    hub = pytest.importorskip("huggingface_hub")
-
-    def fail(*args, **kwargs):
-        raise cause
-
-    monkeypatch.setattr(hub, "snapshot_download", fail)
-    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
-    message = refusal(resolve, "owner/name")
-    assert "owner/name" in message and type(cause).__name__ in message
-
-
-@pytest.mark.parametrize(("variant", "other"), [("", ".fp16"), ("fp16", "")])
-def test_only_one_variant_of_the_weights_is_downloaded(monkeypatch, variant, other):
-    hub = pytest.importorskip("huggingface_hub")
-    asked = {}
-    monkeypatch.setattr(
-        hub, "snapshot_download", lambda repo, **rest: asked.update(rest) or "/found"
-    )
-    resolve("owner/name", "main", variant)
-    end = f".{variant}" if variant else ""
-    wanted = [
-        "model_index.json",
-        "tokenizer/merges.txt",
-        f"unet/diffusion_pytorch_model{end}.safetensors",
-        f"unet/diffusion_pytorch_model{end}-00001-of-00002.safetensors",
-        f"text_encoder/model{end}.safetensors",
-    ]
-    others = [
-        f"unet/diffusion_pytorch_model{other}.safetensors",
-        "unet/diffusion_pytorch_model.bin",
-        "v1-5-pruned-emaonly.safetensors",
-        f"safety_checker/model{end}.safetensors",
-        "handler.py",
-    ]
-    chosen = set(
-        hub.utils.filter_repo_objects(
-            wanted + others,
-            allow_patterns=asked["allow_patterns"],
-            ignore_patterns=asked["ignore_patterns"],
-        )
-    )
-    assert chosen == set(wanted)
-
-
-def test_where_no_weights_are_wanted_none_are_downloaded(monkeypatch):
-    hub = pytest.importorskip("huggingface_hub")
-    asked = {}
-    monkeypatch.setattr(
-        hub, "snapshot_download", lambda repo, **rest: asked.update(rest) or "/found"
-    )
-    resolve("owner/name", weights=False)
-    small = ["config.json", "tokenizer.json", "merges.txt", "preprocessor_config.json"]
-    files = [*small, "model.safetensors", "model-00001-of-00002.safetensors"]
-    chosen = hub.utils.filter_repo_objects(
-        files,
-        allow_patterns=asked["allow_patterns"],
-        ignore_patterns=asked["ignore_patterns"],
-    )
-    assert list(chosen) == small
 
 
 def test_files_are_written_whole_and_never_over_others(tmp_path):

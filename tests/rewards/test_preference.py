@@ -175,7 +175,7 @@ def test_names_of_several_devices_and_an_old_buffer():
 
 def test_what_hpsv2_can_not_be(folder, tmp_path):
     path = tmp_path / "HPS.pt"
-    with pytest.raises(UserError, match="hf download xswu/HPSv2"):
+    with pytest.raises(UserError, match="--config.rewards.hpsv2=xswu/HPSv2:HPS_v2.1"):
         hpsv2("", str(folder))
     with pytest.raises(UserError, match="no such file"):
         hpsv2(str(path), str(folder))

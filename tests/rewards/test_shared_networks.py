@@ -58,13 +58,38 @@ def test_a_shared_clip_scores_as_its_own():
 
 
 MISSING = {
-    "no head": ({"rewards.weights": {"aesthetic": 1.0}}, "aesthetic_head"),
+    "no head": (
+        {"rewards.weights": {"aesthetic": 1.0}, "rewards.aesthetic_head": ""},
+        "aesthetic_head=''",
+    ),
+    "head of the hub": (
+        {"rewards.weights": {"aesthetic": 1.0}},
+        "(?s)trl-lib/ddpo-aesthetic-predictor:aesthetic-model.pth.*:smoke",
+    ),
     "head not there": (
         {"rewards.weights": {"aesthetic": 1.0}, "rewards.aesthetic_head": "no/h.pth"},
         "no/h.pth",
     ),
-    "no HPS": ({"rewards.heldout": ("hpsv2",), "rewards.clip_h": "assets"}, "hpsv2"),
-    "hub": ({"rewards.heldout": ("pickscore",)}, "can not be downloaded"),
+    "no HPS": (
+        {"rewards.heldout": ("hpsv2",), "rewards.hpsv2": ""},
+        "the reward hpsv2 needs the file",
+    ),
+    "HPS of the hub": (
+        {"rewards.heldout": ("hpsv2",), "rewards.clip_h": "assets"},
+        "(?s)xswu/HPSv2:HPS_v2.1_compressed.pt.*--config.rewards.hpsv2=FOLDER/HPS_v2.1",
+    ),
+    "hub": (
+        {"rewards.heldout": ("pickscore",)},
+        "(?s)can not be downloaded.*--config.rewards.pickscore=FOLDER",
+    ),
+    "processing": (
+        {"rewards.heldout": ("pickscore",), "rewards.pickscore": "assets"},
+        "(?s)can not be downloaded.*--config.rewards.clip_h=FOLDER",
+    ),
+    "CLIP of the hub": (
+        {"rewards.heldout": ("clip_score",)},
+        "(?s)can not be downloaded.*--config.rewards.clip=FOLDER",
+    ),
     "CLIP": (
         {"rewards.weights": {"clip_score": 1.0}, "rewards.clip": "/no/folder"},
         "/no/folder",
