@@ -24,7 +24,7 @@ def get_config(variant: str = "") -> ConfigDict:
     c.model.revision = "main"  # hub: branch, tag or commit
     c.model.variant = ""  # of the weight files: "" | "fp16" | ...
     c.model.vae_dtype = "float32"  # of the autoencoder
-    c.model.vae_at_once = 1  # pictures decoded at a time
+    c.model.vae_at_once = 1  # pictures a device decodes at a time
     # width, depth, heads and patch are those of the emoji and the video network
     c.model.width = 192  # channels of the transformer
     c.model.depth = 6  # blocks

@@ -22,6 +22,7 @@ from ddrl_jax.models.networks import network_shapes
 from ddrl_jax.models.prompt_encoder import make_encode
 from ddrl_jax.models.sd_folder import Source, read_source
 from ddrl_jax.models.unet import PRECISE, UNet2DConditionModel
+from ddrl_jax.sharding import batch_shares
 
 # A random model of 70 thousand weights that diffusers wrote, for ":smoke".
 TINY = Path(__file__).parent.parent / "assets" / "tiny_sd"
@@ -117,7 +118,7 @@ def assemble(
       impl: attention implementation.
       mesh: on which the UNet will run; None is one device.
       vae_dtype: of the autoencoder's products.
-      vae_at_once: pictures decoded at a time.
+      vae_at_once: pictures a device decodes, or encodes, at a time.
       weights: False for a plan: no weight is read, nothing but shapes can be asked for.
 
     Raises:
@@ -130,12 +131,14 @@ def assemble(
     vae = load_params(source, "vae") if weights else network_shapes("vae", source.vae)
     shapes = jax.eval_shape(boxed_init, jax.random.key(0))
     components = [source.folder / name for name in COMPONENTS.values()]
+    # Samples lie on all devices; what is encoded for a cache lies on one.
+    on_all = vae_at_once * (1 if mesh is None else batch_shares(mesh))
     return Pipeline(
         encode=encode,
         uncond=uncond,
         init=lambda key: nn.meta.unbox(boxed_init(key)),
         denoise=denoise,
-        decode=make_decode(source.vae, vae, vae_dtype, vae_at_once),
+        decode=make_decode(source.vae, vae, vae_dtype, on_all),
         axes=jax.tree.map(
             tuple, nn.get_partition_spec(shapes), is_leaf=lambda s: isinstance(s, P)
         ),

@@ -1,6 +1,7 @@
 """Stable Diffusion through load_pipeline against diffusers, from prompt to picture."""
 
 import json
+import re
 import shutil
 import warnings
 from types import SimpleNamespace
@@ -11,15 +12,19 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny_sd
+from ml_collections import ConfigDict
 
 from ddrl_jax.errors import UserError
 from ddrl_jax.models.load import load_pipeline
 from ddrl_jax.models.sd_folder import read_prediction, read_source
 from ddrl_jax.models.stable_diffusion import (
+    TINY,
+    assemble,
     encode_images,
     latent_shape,
     stable_diffusion_pipeline,
 )
+from ddrl_jax.sharding import make_mesh, place_batch, put, replicated
 
 PROMPTS = ["a photo of a cat", "zebra, red"]
 TOLERANCE = 1e-5  # relative to the largest value
@@ -117,6 +122,27 @@ def test_the_decoder_brings_its_weights_as_arguments(pair):
     traced = jax.make_jaxpr(lambda decode, x: decode(x))(ours.decode, x0)
     assert not [c for c in traced.consts if np.size(c) > 1]
     assert len(jax.tree.leaves(ours.decode)) > 10
+
+
+@pytest.mark.parametrize("at_once", [1, 2])
+def test_each_device_decodes_its_own_pictures(at_once):
+    """On 8 devices: no picture is decoded twice, none is moved, and none changes."""
+    sizes = {"data": 4, "fsdp": 2, "tensor": 1, "context": 1}
+    mesh, source = make_mesh(ConfigDict(sizes)), read_source(TINY)
+    alone, spread = (
+        assemble(source, mesh=on, vae_at_once=at_once).decode for on in (None, mesh)
+    )
+    x0 = np.random.default_rng(0).normal(size=(32, *latent_shape(source, 0)))
+    x0 = x0.astype(np.float32)
+    placed = put(spread, replicated(mesh)), place_batch(mesh, x0)
+    compiled = jax.jit(lambda decode, x: decode(x)).lower(*placed).compile()
+    program = compiled.as_text()
+    moved = re.findall(r"all-(?:gather|reduce|to-all)|collective-permute", program)
+    turns = {int(n) for n in re.findall(r'known_trip_count":\{"n":"(\d+)"', program)}
+    together = {int(n) for n in re.findall(r"f32\[(\d+),\S* convolution\(", program)}
+    assert (moved, turns, together) == ([], {32 // 8 // at_once}, {at_once})
+    found = np.asarray(compiled(*placed))
+    np.testing.assert_array_equal(found, jax.jit(alone)(x0))
 
 
 def test_the_trees_of_a_pipeline_agree(pair):
