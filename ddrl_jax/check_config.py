@@ -9,7 +9,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from ddrl_jax.check_objective import check_objective
+from ddrl_jax.check_objective import SOURCES, check_objective
 from ddrl_jax.config_rules import check_keys, near, require
 from ddrl_jax.data.prompts import prompt_list
 from ddrl_jax.diffusion.kernels import KERNELS
@@ -189,11 +189,7 @@ def _check_data(config: Any) -> None:
         wanted="min_scale <= max_scale",
         way_out="swap them",
     )
-    sources = {
-        "emoji": ("emoji", "samples"),
-        "stable_diffusion": ("folder", "tfds", "samples"),
-    }
-    fitting = sources.get(config.model.name, ())
+    fitting = SOURCES.get(config.model.name, ())
     require(
         data.source in (*fitting, "none"),
         f"{config.model.name} can not be trained on this data",

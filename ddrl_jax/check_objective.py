@@ -9,6 +9,12 @@ from ddrl_jax.config_rules import plain, require
 from ddrl_jax.diffusion.kernels import make_kernel
 from ddrl_jax.terms import WEIGHTED
 
+# model -> the sources of data that it can be trained on
+SOURCES = {
+    "emoji": ("emoji", "samples"),
+    "stable_diffusion": ("folder", "tfds", "samples"),
+}
+
 
 def check_objective(config: Any) -> None:
     """Refuses terms, rewards, advantages and steps that do not go together.
@@ -213,11 +219,12 @@ def _ranges(indices: Sequence[int]) -> str:
 
 def _check_data_term(config: Any) -> None:
     term, rollouts = config.data_term, config.policy.weight > 0
+    fitting = " or ".join(f'"{name}"' for name in SOURCES.get(config.model.name, ()))
     require(
         config.data.source != "none",
         "the data term has no data",
         got=f'data_term.weight {term.weight} with data.source "none"',
-        wanted='data.source "emoji" or "samples"',
+        wanted=f"data.source {fitting}" if fitting else "data_term.weight 0",
         way_out="set data.source, or data_term.weight to 0",
     )
     require(

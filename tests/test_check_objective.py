@@ -87,5 +87,20 @@ def test_keys_that_do_not_go_together(case):
     check_config(configured(edits | remedy), 1)
 
 
+MODELS = {
+    "emoji": 'data.source "emoji" or "samples"',
+    "stable_diffusion": 'data.source "folder" or "tfds" or "samples"',
+}
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_a_data_term_without_data_names_the_sources_of_its_model(model):
+    edits, _, _ = COMBINATIONS["data"]
+    if model == "stable_diffusion":
+        edits = edits | {"model.name": model, "sampler.kernel": "ddim"}
+        edits = edits | {"model.init": "assets", "evaluate.solver": "ddim"}
+    assert MODELS[model] in str(refused(edits))
+
+
 def test_steps_without_noise_are_of_no_concern_where_there_are_no_rollouts():
     check_config(configured(PRETRAIN | {"sampler.noise_level": 0.0}), 1)
