@@ -39,6 +39,7 @@ EXTRAS = {
     "gpu": ["jax[cuda13]>=0.10.2"],
     "gpu-cuda12": ["jax[cuda12]>=0.10.2"],
     "tpu": ["jax[tpu]>=0.10.2"],
+    "k8s": ["jax[k8s]>=0.10.2"],  # pods of a Kubernetes job find each other
     "alignment": ["bert-score>=0.3.13"],  # brings torch; only for vlm_alignment
     # The tests that compare with PyTorch's networks, with the loader of LoRA files in
     # diffusers, which is peft, and with BERTScore itself.

@@ -25,6 +25,7 @@ from jax.sharding import PartitionSpec as P
 
 from ddrl_jax.errors import UserError
 from ddrl_jax.interfaces import Scores
+from ddrl_jax.surroundings import check_alone
 from ddrl_jax.watch import Watch
 
 HEARTBEAT = 25  # seconds without a word from a process until the others end
@@ -126,6 +127,9 @@ def _initialize(where: Place | None) -> bool:
     """Starts jax.distributed; False for a process that is alone."""
     if where is not None and where.processes == 1:
         return False
+    # Through a web proxy gRPC would not reach the coordinator; empty means none, and
+    # only to gRPC: downloads keep the proxy.
+    os.environ.setdefault("grpc_proxy", "")
     # SIGTERM is read by ddrl_jax.preemption.
     jax.config.update("jax_enable_preemption_service", False)
     options: dict[str, Any] = {
@@ -141,6 +145,7 @@ def _initialize(where: Place | None) -> bool:
             )
     except ValueError as error:
         if where is None and "coordinator_address should be" in str(error):
+            check_alone(os.environ)
             return False  # no cluster of any kind
         raise _not_together(where, error) from error
     except RuntimeError as error:

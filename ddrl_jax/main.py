@@ -103,15 +103,20 @@ def _dispatch(command: Command, join: bool) -> None:
 def _device_count() -> int:
     import jax
 
+    from ddrl_jax.surroundings import check_platform
+
+    wanted = jax.config.jax_platforms or ""
     try:
-        return jax.device_count()
-    except RuntimeError as e:
+        count = jax.device_count()
+    except (RuntimeError, AssertionError) as e:  # no word where "cuda" sees no device
         raise UserError(
             "JAX can not start on this machine",
-            got=" ".join(str(e).split()),
+            got=" ".join(str(e).split()) or f"no device, where JAX_PLATFORMS={wanted}",
             wanted="a platform that is here, or JAX_PLATFORMS unset",
             way_out="JAX_PLATFORMS=cpu runs without an accelerator",
         ) from e
+    check_platform(wanted, jax.default_backend())
+    return count
 
 
 def _enable_compilation_cache() -> None:

@@ -146,8 +146,9 @@ def differing_keys(
     """Returns the keys in which two configs differ so that a run can not go on.
 
     Left out are keys that do not change the numbers (log.*, checkpoint.*, sample.*,
-    mesh.*, rewards.threads, rewards.timeout, evaluate.pictures, train.microbatch) and
-    a larger train.epochs, unless the schedule of the learning rate is made for it.
+    mesh.*, rewards.threads, rewards.timeout, evaluate.pictures, train.microbatch,
+    data.cache) and a larger train.epochs, unless the schedule of the learning rate is
+    made for it.
 
     Args:
       stored: flat dotted keys of the run in the folder, as JSON gives them.
@@ -165,6 +166,7 @@ def differing_keys(
         for key, pair in pairs.items()
         if pair[0] != pair[1]
         and not key.startswith(_FREE)
+        and key != "data.cache"  # a place; other keys say what is cached
         and not (key == "train.epochs" and may_grow)
     }
 

@@ -31,8 +31,10 @@ else
   platform=tpu
   devices=(--tpu-type="${OPTION[tpu]}" --num-slices="${OPTION[slices]:-1}")
 fi
+# 2 is how the other processes end when one is killed; xpk itself restarts after 127-255.
 run xpk workload create --workload="${OPTION[name]}" --cluster="${OPTION[cluster]}" \
   --project="${OPTION[project]}" --zone="${OPTION[zone]}" "${devices[@]}" \
   --docker-image="${OPTION[image]}" --storage="${OPTION[storage]}" \
-  --max-restarts="${OPTION[restarts]:-50}" --termination-grace-period-seconds=120 \
+  --max-restarts="${OPTION[restarts]:-50}" --restart-on-exit-codes=2 \
+  --termination-grace-period-seconds=120 \
   --command="bash launch/run.sh --platform=$platform $(quoted "${PROGRAM[@]}")"

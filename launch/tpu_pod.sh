@@ -92,8 +92,9 @@ prepare() {
     run "${node[@]}" scp "$archive" "$name:ddrl_jax.tar.gz" "${where[@]}" --worker=all &&
     on_all "set -e; $mount; mkdir -p ddrl_jax; tar -xzf ddrl_jax.tar.gz -C ddrl_jax; cd ddrl_jax;\
  command -v uv || curl -LsSf https://astral.sh/uv/install.sh | sh;\
- export PATH=\$HOME/.local/bin:\$PATH; [ -d .venv ] || uv venv --python 3.12 .venv;\
- uv pip install --quiet --python .venv/bin/python -e '.[tpu]'"
+ export PATH=\$HOME/.local/bin:\$PATH; [ -d .venv ] || uv venv --python 3.11 .venv;\
+ uv pip install --quiet --python .venv/bin/python \
+ -c launch/constraints.txt -e '.[tpu]'"
 }
 
 train() {

@@ -76,7 +76,8 @@ IMPORT_TABLE: dict[str, tuple[str, ...]] = {
     "terms": ("rollout", "objectives", "diffusion"),
     "learner": ("terms", "rollout", "objectives", "diffusion", "optim", "sharding"),
     "watch": (),
-    "distributed": ("watch",),
+    "surroundings": (),
+    "distributed": ("watch", "surroundings"),
     **{name: ("distributed",) for name in PLUMBING},
     **{name: () for name in MEASURES},
     "checkpoint": ("fingerprint", "orbax_log", "distributed"),
@@ -91,7 +92,7 @@ IMPORT_TABLE: dict[str, tuple[str, ...]] = {
     **{name: (*BELOW_TRAIN, *MODES) for name in MODES},
     "train": (*BELOW_TRAIN, *MODES),
     "compare": ("compare", *BELOW_TRAIN, *MODES, "train", "main"),
-    "main": (*BELOW_TRAIN, *MODES, "train", "compare"),
+    "main": (*BELOW_TRAIN, *MODES, "train", "compare", "surroundings"),
 }
 # Others' packages that only a part of the program may know.
 CONFINED = {

@@ -84,7 +84,8 @@ def _started(name: str, output: str) -> list[str]:
     if name == "skypilot":
         inner = next(word for word in last if word.startswith("--env=ARGUMENTS="))
         last = shlex.split(inner.removeprefix("--env=ARGUMENTS="))
-    return last[-len(PROGRAM) :] if name != "skypilot" else last[: len(PROGRAM)]
+    first = last.index(CONFIG)
+    return last[first : first + len(PROGRAM)]
 
 
 @pytest.mark.parametrize("name", OPTIONS)

@@ -1,15 +1,19 @@
 """What the launchers hand to others: JobSet, SkyPilot task, images."""
 
+import importlib.metadata
 import json
 import re
+import shlex
 import shutil
 import subprocess
+import sys
 
 import pytest
 import yaml
 from launch_machine import LAUNCH, OPTIONS, PROGRAM, ROOT, Machine, commands
 from yaml_schema import violations
 
+GOOD = "--config.checkpoint.resume=last_good"
 SCHEMAS = json.loads((ROOT / "tests" / "launch_schemas.json").read_text())
 
 
@@ -44,19 +48,38 @@ def test_the_jobset_asks_for_all_chips_of_its_topology(machine):
         assert container["resources"]["limits"] == {"google.com/tpu": int(chips)}
 
 
-def test_only_spot_nodes_are_asked_for_as_spot(machine):
-    def selector(*more: str) -> dict:
-        job = _jobset(machine, *more)["spec"]["replicatedJobs"][0]
-        return job["template"]["spec"]["template"]["spec"]["nodeSelector"]
+def _pod(machine: Machine, *more: str) -> dict:
+    job = _jobset(machine, *more)["spec"]["replicatedJobs"][0]["template"]["spec"]
+    return job["template"]["spec"]
 
-    assert "cloud.google.com/gke-spot" not in selector()
-    assert selector("--spot")["cloud.google.com/gke-spot"] == "true"
+
+def test_only_spot_nodes_are_asked_for_as_spot(machine):
+    pod, key = _pod(machine), "cloud.google.com/gke-spot"
+    assert key not in pod["nodeSelector"] and "tolerations" not in pod
+    pod = _pod(machine, "--spot")
+    assert pod["nodeSelector"][key] == "true"
+    assert [t["key"] for t in pod["tolerations"]] == [key]
+
+
+def test_preemptions_do_not_use_up_the_restarts(machine):
+    spec = _jobset(machine)["spec"]
+    job = spec["replicatedJobs"][0]["template"]["spec"]
+    disrupted, noticed = job["podFailurePolicy"]["rules"]
+    assert disrupted["onPodConditions"][0]["type"] == "DisruptionTarget"
+    assert noticed["onExitCodes"]["values"] == [143]
+    container = job["template"]["spec"]["containers"][0]
+    assert noticed["onExitCodes"]["containerName"] == container["name"]
+    assert {disrupted["action"], noticed["action"]} == {"FailJob"}
+    (rule,) = spec["failurePolicy"]["rules"]
+    assert rule["onJobFailureReasons"] == ["PodFailurePolicy"]
+    assert rule["action"] == "RestartJobSetAndIgnoreMaxRestarts"
 
 
 def test_the_skypilot_task_has_published_fields_only():
     document = yaml.safe_load((LAUNCH / "skypilot.yaml").read_text())
     assert list(violations(SCHEMAS["skypilot"], document)) == []
     assert document["resources"]["use_spot"] is True
+    assert document["resources"]["job_recovery"]["recover_on_exit_codes"] == [143]
     document["resources"]["spot_recovery"] = "FAILOVER"  # a field of older releases
     assert len(list(violations(SCHEMAS["skypilot"], document))) == 1
 
@@ -74,7 +97,26 @@ def test_the_skypilot_task_hands_its_arguments_on(machine):
         env=machine.environment(ARGUMENTS=arguments.removeprefix("--env=ARGUMENTS=")),
         check=True,
     )
-    assert machine.calls == [["bash", "launch/run.sh", "--platform=gpu", *PROGRAM]]
+    start = ["bash", "launch/run.sh", "--platform=gpu"]
+    assert machine.calls == [[*start, *PROGRAM, GOOD]]
+
+
+def test_skypilot_passes_over_a_checkpoint_that_is_not_whole(machine):
+    own = "--config.checkpoint.resume=latest"
+    for more, wanted in (((), [GOOD]), ((own,), [own])):
+        options = [*OPTIONS["skypilot"], *PROGRAM, *more, "--dry-run"]
+        words = shlex.split(machine.run("skypilot.sh", *options).stdout)
+        arguments = next(w for w in words if w.startswith("--env=ARGUMENTS="))
+        assert [a for a in shlex.split(arguments) if "resume" in a] == wanted
+
+
+def test_skypilot_chooses_the_wheels_of_a_cuda(machine):
+    for cuda, extra in ((), "gpu"), (("--cuda=12",), "gpu-cuda12"):
+        options = [*OPTIONS["skypilot"], *PROGRAM, *cuda, "--dry-run"]
+        assert f"--env=EXTRA={extra} " in machine.run("skypilot.sh", *options).stdout
+        assert f'"{extra}": [' in (ROOT / "setup.py").read_text()
+    refused = machine.run("skypilot.sh", *OPTIONS["skypilot"], *PROGRAM, "--cuda=11")
+    assert refused.returncode == 2
 
 
 DOCKERFILES = sorted(LAUNCH.glob("Dockerfile.*"))
@@ -84,16 +126,43 @@ DOCKERFILES = sorted(LAUNCH.glob("Dockerfile.*"))
 def test_a_dockerfile_is_pinned_and_copies_what_exists(path):
     lines = [x for x in path.read_text().splitlines() if x and not x.startswith("#")]
     steps = [line.partition(" ")[::2] for line in lines]
-    known = {"FROM", "ENV", "WORKDIR", "COPY", "RUN", "ENTRYPOINT"}
+    known = {"FROM", "ENV", "WORKDIR", "ARG", "COPY", "RUN", "ENTRYPOINT"}
     assert {name for name, _ in steps} <= known
     assert steps[0][0] == "FROM"
-    assert re.fullmatch(r"python:3\.12\.\d+-slim-\w+", steps[0][1])
+    assert re.fullmatch(r"python:3\.11\.\d+-slim-\w+", steps[0][1])
     copies = [rest.split() for name, rest in steps if name == "COPY"]
     assert [source for *sources, _ in copies for source in sources] != []
     missing = [s for *sources, _ in copies for s in sources if not (ROOT / s).exists()]
     assert missing == []
-    extra = re.search(r'pip install -e "\.\[(\w+)\]"', path.read_text())
-    assert extra and f'"{extra[1]}": [' in (ROOT / "setup.py").read_text()
+    (extra,) = re.findall(r'constraints.txt -e "\.\[(\$?\w+)\]"', path.read_text())
+    if extra == "$EXTRA":
+        extra = dict(rest.split("=") for name, rest in steps if name == "ARG")["EXTRA"]
+    assert f'"{extra}": [' in (ROOT / "setup.py").read_text()
     entry = json.loads(next(rest for name, rest in steps if name == "ENTRYPOINT"))
     platform = path.suffix.removeprefix(".")
     assert entry == ["bash", "launch/run.sh", f"--platform={platform}"]
+
+
+def _constraints() -> dict[str, str]:
+    lines = (LAUNCH / "constraints.txt").read_text().splitlines()
+    return dict(line.split("==") for line in lines if not line.startswith("#"))
+
+
+@pytest.mark.skipif(sys.version_info[:2] != (3, 11), reason="they are for Python 3.11")
+def test_the_constraints_are_what_these_tests_run_with():
+    found = {name: importlib.metadata.version(name) for name in _constraints()}
+    assert found == _constraints()
+
+
+def test_every_requirement_is_constrained():
+    text = (ROOT / "setup.py").read_text()
+    required = re.findall(r'^    "([\w-]+)>=', text[: text.index("EXTRAS = ")], re.M)
+    assert {"jax", "orbax-checkpoint"} < set(required)
+    assert set(required) - set(_constraints()) == set()
+
+
+@pytest.mark.parametrize("name", ["Dockerfile.gpu", "skypilot.yaml", "tpu_pod.sh"])
+def test_what_installs_reads_the_constraints(name):
+    text = (LAUNCH / name).read_text()
+    assert "-c launch/constraints.txt" in text
+    assert re.search(r"python[: ]3\.11\b", text)

@@ -1,29 +1,7 @@
-"""launch/run.sh on a host, and what follows a preemption."""
-
-import os
-import re
-import signal
-import subprocess
-import sys
-import time
+"""What follows a preemption: requeueing, and another slice."""
 
 import pytest
-from launch_machine import CONFIG, LAUNCH, OPTIONS, PROGRAM, WORKDIR, Machine
-
-PYTHON = """
-import signal, time
-stop = []
-signal.signal(signal.SIGTERM, lambda *_: stop.append(1))
-names = ("JAX_COMPILATION_CACHE_DIR", "XLA_FLAGS", "LIBTPU_INIT_ARGS",
-         "JAX_OPTIMIZATION_LEVEL", "XLA_PYTHON_CLIENT_MEM_FRACTION")
-with open(note, "a") as file:
-    file.write(json.dumps({n: os.environ.get(n, "") for n in names}) + "\\n")
-until = time.time() + float(os.environ.get("SECONDS_TO_RUN", 0))
-while time.time() < until and not stop:
-    time.sleep(0.01)
-time.sleep(0.1)  # saving
-sys.exit(int(os.environ.get("STATUS", 0)))
-"""
+from launch_machine import OPTIONS, PROGRAM, Machine
 
 
 @pytest.fixture
@@ -31,96 +9,12 @@ def machine(tmp_path):
     return Machine(tmp_path)
 
 
-def _python(machine: Machine) -> dict[str, str]:
-    machine.add("program", PYTHON)
-    return {"PYTHON": str(machine.tools / "program")}
-
-
-@pytest.mark.parametrize("status", [0, 2, 7])
-def test_the_exit_status_is_the_programs(status, machine):
-    python = _python(machine)
-    result = machine.run(
-        "run.sh", "--platform=cpu", *PROGRAM, STATUS=str(status), **python
-    )
-    assert result.returncode == status, result.stderr
-    assert machine.calls[0] == ["program", "-m", "ddrl_jax.main", *PROGRAM]
-
-
-@pytest.mark.parametrize("status, seen", [(0, 143), (7, 7)])
-def test_a_notice_reaches_the_program_and_asks_for_a_restart(status, seen, machine):
-    """143 only where the program itself ended well: an error stays an error."""
-    more = _python(machine) | {"STATUS": str(status), "SECONDS_TO_RUN": "30"}
-    process = subprocess.Popen(
-        ["bash", str(LAUNCH / "run.sh"), "--platform=cpu", *PROGRAM],
-        env=machine.environment(**more),
-    )
-    until = time.time() + 20
-    while len(machine.calls) < 2 and time.time() < until:
-        time.sleep(0.02)
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(timeout=10) == seen
-
-
-def test_run_starts_the_real_program(machine):
-    """Its own message for a mistake that only it knows."""
-    arguments = ("--platform=cpu", CONFIG, WORKDIR, "--mode=nope")
-    result = machine.run("run.sh", *arguments, PYTHON=sys.executable)
-    assert result.returncode == 2
-    assert "there is no such --mode" in result.stderr
-
-
-def _environment(machine: Machine, platform: str, *arguments: str, **more: str) -> dict:
-    python = _python(machine)
-    machine.run("run.sh", f"--platform={platform}", *arguments, **more, **python)
-    return dict(machine.calls[1])
-
-
-def test_the_cache_lies_beside_the_workdir_unless_it_is_set(machine):
-    found = _environment(machine, "cpu", *PROGRAM)
-    assert found["JAX_COMPILATION_CACHE_DIR"] == "/mnt/shared/compile_cache"
-    machine.notes.unlink()
-    found = _environment(machine, "cpu", *PROGRAM, JAX_COMPILATION_CACHE_DIR="/c")
-    assert found["JAX_COMPILATION_CACHE_DIR"] == "/c"
-
-
-@pytest.mark.parametrize(
-    "platform, name", [("gpu", "XLA_FLAGS"), ("tpu", "LIBTPU_INIT_ARGS")]
-)
-def test_flags_follow_the_platform_and_the_users_own_come_last(platform, name, machine):
-    other = {"XLA_FLAGS", "LIBTPU_INIT_ARGS"} - {name}
-    found = _environment(machine, platform, *PROGRAM, **{name: "--mine=1"})
-    assert re.fullmatch(r"(--xla_\w+=true )+--mine=1", found[name])
-    assert found[other.pop()] == ""
-    machine.notes.unlink()
-    found = _environment(machine, platform, *PROGRAM, "--no-flags")
-    assert found[name] == ""
-
-
-def test_an_unknown_platform_is_an_error(machine):
-    result = machine.run("run.sh", "--platform=npu", *PROGRAM, "--dry-run")
-    assert result.returncode == 2
-    assert "npu is not gpu, tpu or cpu" in result.stderr
-
-
-def _jax_accepts(**environment: str) -> bool:
-    code = "import jax; jax.numpy.zeros(1).block_until_ready()"
-    result = subprocess.run(
-        [sys.executable, "-c", code],
-        env={**os.environ, "JAX_PLATFORMS": "cpu", **environment},
-        capture_output=True,
-        check=False,
-        timeout=120,
-    )
-    return result.returncode == 0
-
-
-def test_the_installed_jaxlib_knows_the_gpu_flags(machine):
-    """An unknown flag in XLA_FLAGS ends the process, on whatever platform."""
-    found = _environment(machine, "gpu", *PROGRAM)
-    del found["LIBTPU_INIT_ARGS"]
-    assert _jax_accepts(**found)
-    assert not _jax_accepts(XLA_FLAGS=found["XLA_FLAGS"] + " --xla_gpu_no_such=true")
-    assert not _jax_accepts(JAX_OPTIMIZATION_LEVEL="O9")
+SRUN = """
+name = "SRUN_CPUS_PER_TASK"
+with open(note, "a") as file:
+    file.write(json.dumps([name, os.environ[name]]) + "\\n")
+sys.exit({status})
+"""
 
 
 @pytest.mark.parametrize(
@@ -130,13 +24,15 @@ def test_the_installed_jaxlib_knows_the_gpu_flags(machine):
 def test_slurm_requeues_only_what_was_told_of_its_limit(
     status, state, requeued, machine
 ):
-    machine.add("srun", f"sys.exit({status})")
+    machine.add("srun", SRUN.format(status=status))
     machine.add("squeue", f"print({state!r})")
     machine.add("scontrol")
-    result = machine.run("slurm.sbatch", *PROGRAM, SLURM_JOB_ID="42")
+    given = {"SLURM_JOB_ID": "42", "SLURM_CPUS_PER_TASK": "8"}
+    result = machine.run("slurm.sbatch", *PROGRAM, **given)
     assert result.returncode == status
     start = ["srun", "--kill-on-bad-exit=0", "bash", "launch/run.sh", "--platform=gpu"]
     assert machine.calls[0] == [*start, *PROGRAM]
+    assert machine.calls[1] == ["SRUN_CPUS_PER_TASK", "8"]
     assert (["scontrol", "requeue", "42"] in machine.calls) == requeued
 
 

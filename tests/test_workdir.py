@@ -71,6 +71,7 @@ def test_another_reward_is_a_differing_key(tmp_path):
         ("rewards.timeout", 1.0),
         ("evaluate.pictures", 3),
         ("train.microbatch", 8),
+        ("data.cache", "/elsewhere"),
         ("mesh.fsdp", 2),
         ("train.epochs", 31),
     ],
@@ -101,6 +102,12 @@ def test_epochs_may_grow_unless_the_schedule_is_made_for_them(
         {"train.epochs": stored} | common, {"train.epochs": wanted} | common
     )
     assert found == ({} if allowed else {"train.epochs": (stored, wanted)})
+
+
+def test_the_precision_of_a_cache_is_no_place_of_it():
+    keys = {"data.cache": "a", "data.cache_dtype": "float16"}
+    found = differing_keys(keys, {"data.cache": "b", "data.cache_dtype": "float32"})
+    assert list(found) == ["data.cache_dtype"]
 
 
 def test_keys_of_another_version_are_named():
