@@ -20,7 +20,7 @@ def get_config(variant: str = "") -> ConfigDict:
     c = base.get_config()
     c.name = "ddpo_sf"
     c.sampler.update(kernel="ddim", eta=1.0, steps=20, guidance_scale=2.0)
-    c.evaluate.guidance_scale = 2.0
+    c.evaluate.solver = "rollout"  # judged as it is trained, with its noise
     c.advantages.update(kind="tracker", epsilon=1e-6, clip=5.0)
     c.advantages.update(tracker_size=16, tracker_min=16)
     c.prompts.limit = 64  # so that a tracker fills within the run
