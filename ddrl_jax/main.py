@@ -105,7 +105,7 @@ def _device_count() -> int:
 
     from ddrl_jax.surroundings import check_platform
 
-    wanted = jax.config.jax_platforms or ""
+    wanted = os.environ.get("JAX_PLATFORMS", "")
     try:
         count = jax.device_count()
     except (RuntimeError, AssertionError) as e:  # no word where "cuda" sees no device

@@ -1,6 +1,5 @@
 """The folder of one run: its config, its lock and the names of what lies in it."""
 
-import fcntl
 import importlib.metadata as metadata
 import json
 import os
@@ -17,6 +16,7 @@ import jax
 from ddrl_jax import __version__
 from ddrl_jax.distributed import check_shared, is_main, main_first
 from ddrl_jax.errors import UserError
+from ddrl_jax.lock import Lock
 
 # Keys that a later start may change: what they change is not the numbers of the run,
 # or (mesh, microbatch) only the order in which floats are added.
@@ -39,7 +39,7 @@ class Workdir:
     `os.fspath` of it is the folder. Made by `open_workdir`.
     """
 
-    def __init__(self, root: Path, lock: int | None = None):
+    def __init__(self, root: Path, lock: Lock | None = None):
         self.root = root
         self._lock = lock
 
@@ -90,7 +90,7 @@ class Workdir:
     def close(self) -> None:
         """Lets another run use the folder."""
         if self._lock is not None:
-            os.close(self._lock)
+            self._lock.close()
         self._lock = None
 
 
@@ -122,7 +122,7 @@ def open_workdir(
 def _take(root: Path, config: Any) -> Workdir:
     try:
         root.mkdir(parents=True, exist_ok=True)
-        lock = _lock(root)
+        lock = Lock(root / ".lock")
     except OSError as error:
         raise _unusable(
             root, error, "a folder that can be created and written"
@@ -223,26 +223,6 @@ def _refuse_other_config(workdir: Workdir, wanted: dict[str, Any]) -> None:
             wanted="the config stored in its config.json",
             way_out="use another --workdir, or set these keys as stored",
         )
-
-
-def _lock(root: Path) -> int:
-    """Returns an open descriptor that holds the lock; the kernel frees it on death."""
-    path = root / ".lock"
-    handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        owner = os.read(handle, 100).decode(errors="replace").strip() or "unknown"
-        os.close(handle)
-        raise UserError(
-            f"another run is using {root}",
-            got=f"a lock held by process {owner}",
-            wanted="one run a workdir",
-            way_out="wait for it, stop it, or use another --workdir",
-        ) from None
-    os.ftruncate(handle, 0)
-    os.pwrite(handle, f"{os.getpid()}\n".encode(), 0)
-    return handle
 
 
 def _note_start(workdir: Workdir) -> None:

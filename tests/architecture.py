@@ -77,12 +77,14 @@ IMPORT_TABLE: dict[str, tuple[str, ...]] = {
     "learner": ("terms", "rollout", "objectives", "diffusion", "optim", "sharding"),
     "watch": (),
     "surroundings": (),
+    "lock": (),
     "distributed": ("watch", "surroundings"),
     **{name: ("distributed",) for name in PLUMBING},
     **{name: () for name in MEASURES},
     "checkpoint": ("fingerprint", "orbax_log", "distributed"),
     "fingerprint": ("checksum",),
     "report": ("curves",),
+    "workdir": ("distributed", "lock"),
     "metrics_file": ("metrics", "workdir"),
     **{
         name: ("diffusion", "models", "rewards", "data", "terms", *CHECKS)

@@ -1,7 +1,5 @@
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -155,21 +153,3 @@ def test_two_runs_can_not_share_a_workdir(tmp_path):
             start(tmp_path)
         assert str(os.getpid()) in error.value.got
     start(tmp_path)
-
-
-def test_the_lock_of_a_killed_process_is_free(tmp_path):
-    hold = (
-        "import fcntl, os, sys, time\n"
-        "handle = os.open(sys.argv[1], os.O_RDWR | os.O_CREAT)\n"
-        "fcntl.flock(handle, fcntl.LOCK_EX)\n"
-        "os.write(handle, str(os.getpid()).encode())\n"
-        "print('held', flush=True); time.sleep(60)\n"
-    )
-    command = [sys.executable, "-c", hold, tmp_path / ".lock"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE) as other:
-        other.stdout.readline()
-        with pytest.raises(UserError, match=f"process {other.pid}"):
-            start(tmp_path)
-        other.kill()
-        other.wait()
-        start(tmp_path)
