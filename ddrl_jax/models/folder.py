@@ -118,7 +118,7 @@ def _no_weights(folder: Path, variant: str | None) -> UserError:
     others = sorted(file.name for file in folder.glob("*.safetensors"))
     foreign = sorted(file.name for kind in FOREIGN for file in folder.glob(kind))
     wanted = " or ".join(f"{stem}{end_of(variant)}.safetensors" for stem in STEMS)
-    way_out = "download the weights of this component"
+    way_out = f"download them; where the repository has other formats only: {CONVERT}"
     if others:
         way_out = "choose another variant (config.model.variant)"
     elif foreign:

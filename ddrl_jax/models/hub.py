@@ -63,7 +63,7 @@ def resolve(
             way_out="correct the path, or first try the program with the :smoke "
             "variant of the config, which needs no weights",
         )
-    patterns = [*SMALL, *(_weights(variant) if parts else ())]
+    patterns = [*SMALL, *(_weights(variant, ROOT in parts) if parts else ())]
     found = _folder(path_or_repo_id, revision, patterns, key)
     lacking = [part for part in parts if not find_weights(found / part, variant)]
     if lacking:
@@ -114,11 +114,19 @@ class _Wanted(NamedTuple):
     key: str
 
 
-def _weights(variant: str) -> list[str]:
-    """Patterns of the weight files of a variant, whole or in shards."""
-    end = end_of(variant)
-    kinds = [f"*model{end}.safetensors", f"*model{end}-?????-of-?????.safetensors"]
-    return kinds + ([f"*model-?????-of-?????{end}.safetensors"] if variant else [])
+def _weights(variant: str, root: bool) -> list[str]:
+    """Patterns of the weight files of a variant, whole or in shards.
+
+    In the repository itself only transformers' own name counts: open_clip, and those
+    who put a pipeline in one file, have theirs beside it.
+    """
+    stem, end, shard = (
+        "model" if root else "*/*model",
+        end_of(variant),
+        "-?????-of-?????",
+    )
+    kinds = [f"{stem}{end}.safetensors", f"{stem}{end}{shard}.safetensors"]
+    return kinds + ([f"{stem}{shard}{end}.safetensors"] if variant else [])
 
 
 def _folder(repo_id: str, revision: str, patterns: list[str], key: str) -> Path:

@@ -30,6 +30,7 @@ FILES = (
     "text_encoder/model.fp16.safetensors",
     "v1-5-pruned.safetensors",
     "v1-5-pruned-emaonly.safetensors",
+    "whole_model.safetensors",
     "safety_checker/config.json",
     "safety_checker/model.safetensors",
     "feature_extractor/preprocessor_config.json",
@@ -59,10 +60,10 @@ def asked(monkeypatch, tmp_path):
     return found
 
 
-def chosen(asked) -> list[str]:
+def chosen(asked, files=FILES) -> list[str]:
     return list(
         hub.utils.filter_repo_objects(
-            FILES,
+            files,
             allow_patterns=asked["allow_patterns"],
             ignore_patterns=asked["ignore_patterns"],
         )
@@ -91,6 +92,13 @@ def test_a_single_file_checkpoint_is_explained(tmp_path):
 def test_only_one_variant_of_the_weights_is_downloaded(asked, variant, weights):
     refusal(resolve, "owner/name", "main", variant, PARTS)  # an empty folder came
     assert sorted(chosen(asked)) == sorted(JSON + weights)
+
+
+def test_of_a_clip_only_the_weights_of_transformers_are_downloaded(asked):
+    files = ["config.json", "model.safetensors", "model-00001-of-00002.safetensors"]
+    others = ["open_clip_model.safetensors", "pytorch_model.bin", "onnx/model.onnx"]
+    refusal(resolve, "owner/name", parts=(ROOT,))
+    assert chosen(asked, [*files, *others]) == files
 
 
 def test_where_no_weights_are_wanted_none_are_downloaded(asked):
