@@ -5,7 +5,7 @@ import re
 import shlex
 from collections.abc import Callable, Sequence
 from pathlib import Path, PurePosixPath
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from ddrl_jax.errors import UserError
 from ddrl_jax.models.folder import CONVERT, FOREIGN, STEMS, end_of, find_weights
@@ -64,10 +64,16 @@ def resolve(
             "variant of the config, which needs no weights",
         )
     patterns = [*SMALL, *(_weights(variant, ROOT in parts) if parts else ())]
-    found = _folder(path_or_repo_id, revision, patterns, key)
+    repository = (path_or_repo_id, revision)
+    wanted = _Wanted(
+        f"model {path_or_repo_id}", revision, _command(*repository, patterns),
+        "FOLDER", key,
+    )  # fmt: skip
+    found = _asked(wanted, lambda: Path(_snapshot(*repository, patterns)))
     lacking = [part for part in parts if not find_weights(found / part, variant)]
     if lacking:
-        raise _other_weights(path_or_repo_id, revision, variant, lacking, key)
+        files = _asked(wanted, lambda: _files(*repository))
+        raise _other_weights(repository, variant, lacking, files, key)
     return found
 
 
@@ -93,7 +99,7 @@ def resolve_file(path_or_place: str, key: str = "") -> Path:
 
         return hf_hub_download(repo_id, file)
 
-    return _fetched(wanted, download)
+    return Path(_asked(wanted, download))
 
 
 class _Wanted(NamedTuple):
@@ -120,38 +126,41 @@ def _weights(variant: str, root: bool) -> list[str]:
     In the repository itself only transformers' own name counts: open_clip, and those
     who put a pipeline in one file, have theirs beside it.
     """
-    stem, end, shard = (
-        "model" if root else "*/*model",
-        end_of(variant),
-        "-?????-of-?????",
-    )
+    stem, shard = "model" if root else "*/*model", "-?????-of-?????"
+    end = end_of(variant)
     kinds = [f"{stem}{end}.safetensors", f"{stem}{end}{shard}.safetensors"]
     return kinds + ([f"{stem}{shard}{end}.safetensors"] if variant else [])
 
 
-def _folder(repo_id: str, revision: str, patterns: list[str], key: str) -> Path:
+def _command(repo_id: str, revision: str, patterns: Sequence[str]) -> list[str]:
+    """The `hf` command for what `_snapshot` brings."""
     command = ["hf", "download", repo_id, "--revision", revision]
     command += [word for pattern in patterns for word in ("--include", pattern)]
     command += [word for pattern in UNUSED for word in ("--exclude", pattern)]
-    command += ["--local-dir", "FOLDER"]
-    wanted = _Wanted(f"model {repo_id}", revision, command, "FOLDER", key)
-
-    def download() -> str:
-        from huggingface_hub import snapshot_download
-
-        return snapshot_download(
-            repo_id,
-            revision=revision,
-            allow_patterns=patterns,
-            ignore_patterns=list(UNUSED),
-        )
-
-    return _fetched(wanted, download)
+    return [*command, "--local-dir", "FOLDER"]
 
 
-def _fetched(wanted: _Wanted, download: Callable[[], str]) -> Path:
+def _snapshot(repo_id: str, revision: str, patterns: list[str]) -> str:
+    from huggingface_hub import snapshot_download
+
+    return snapshot_download(
+        repo_id,
+        revision=revision,
+        allow_patterns=patterns,
+        ignore_patterns=list(UNUSED),
+    )
+
+
+def _files(repo_id: str, revision: str) -> list[str]:
+    from huggingface_hub import HfApi
+
+    return HfApi().list_repo_files(repo_id, revision=revision)
+
+
+def _asked(wanted: _Wanted, question: Callable[[], Any]) -> Any:
+    """What the hub answers, or one error."""
     try:
-        return Path(download())
+        return question()
     # Five libraries under it raise as many families of exceptions, and each means the
     # same to the user.
     except Exception as e:
@@ -180,18 +189,14 @@ def _named(wanted: _Wanted) -> str:
 
 
 def _other_weights(
-    repo_id: str, revision: str, variant: str, parts: Sequence[str], key: str
+    repository: tuple[str, str],
+    variant: str,
+    parts: Sequence[str],
+    files: Sequence[str],
+    key: str,
 ) -> UserError:
     """Of a repository that was downloaded and has no weights of the wanted form."""
-    try:
-        from huggingface_hub import HfApi
-
-        files = HfApi().list_repo_files(repo_id, revision=revision)
-        found = sorted(file for file in files if _is_weights(file, parts))
-        got = ", ".join(found[:10]) or "no weights at all"
-    # As for the download: whatever it is, the list is not to be had.
-    except Exception as e:
-        found, got = [], f"none, and its list of files can not be had: {e}"
+    found = sorted(file for file in files if _is_weights(file, parts))
     convert = CONVERT + (f", and set --config.{key}=FOLDER" if key else "")
     kinds = [{_variant(f) for f in found if str(Path(f).parent) == p} for p in parts]
     others = sorted(set.intersection(*kinds) - {None, variant})
@@ -199,10 +204,10 @@ def _other_weights(
     choose += " (config.model.variant)"
     judge = key.startswith("rewards.")  # has no key for it
     return UserError(
-        f"{repo_id} (revision {revision}) has no safetensors weights"
+        f"{repository[0]} (revision {repository[1]}) has no safetensors weights"
         + (f" of the variant {variant!r}" if variant else "")
         + f" of {', '.join(parts)}".replace(f" of {ROOT}", ""),
-        got=got.splitlines()[0],
+        got=", ".join(found[:10]) or "no weights at all",
         wanted=" or ".join(f"{stem}{end_of(variant)}.safetensors" for stem in STEMS),
         way_out=choose if others and not judge else convert,
     )

@@ -247,8 +247,10 @@ def test_a_judge_has_no_key_for_a_variant(repository):
     assert "variant" not in message and "--config.rewards.clip=FOLDER" in message
 
 
-def test_where_the_list_can_not_be_had_the_message_says_so(repository, monkeypatch):
+def test_what_the_cache_has_of_a_model_is_not_all_there_is(repository, monkeypatch):
+    """Without a network only the JSON of an earlier plan comes."""
     repository("config.json")
     monkeypatch.setattr(hub.HfApi, "list_repo_files", fail)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     message = refusal(resolve, "owner/name", parts=(ROOT,))
-    assert "its list of files can not be had: no route to host" in message
+    assert "it is not in the cache" in message and "hf download" in message
