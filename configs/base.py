@@ -156,7 +156,8 @@ def get_config(variant: str = "") -> ConfigDict:
     c.policy.reduction = "mean"  # over the latent axes: "mean" | "sum"
     c.policy.transform = "linear"  # "linear" | "neg_exp" | "neg_exp_centered"
     c.policy.beta = 1.0  # advantages are divided by it (DDRL's temperature)
-    c.policy.old_log_prob = "rollout"  # "rollout" | "recompute" | "exact"
+    c.policy.old_log_prob = "rollout"  # "rollout" | "recompute" (policy/rollout_gap is
+    # their largest distance) | "exact" (each sample is used once)
     c.policy.kl_weight = 0.0  # step KL to the starting policy
     c.policy.train_on = ()  # step indices trained; () means draw train_steps of them
     c.policy.train_steps = 3  # steps drawn each epoch when train_on is (); 0: all noisy
@@ -195,7 +196,7 @@ def get_config(variant: str = "") -> ConfigDict:
     c.optimizer.eps = 1e-8
     c.optimizer.weight_decay = 0.0
     c.optimizer.grad_clip = 1.0  # global norm; 0: none
-    c.optimizer.fresh = False  # new moments and schedule each epoch (rounds of RWR)
+    c.optimizer.fresh = False  # new moments and warm-up each epoch (rounds of RWR)
     c.optimizer.ema_decay = 0.9  # 0: no average, evaluation uses the weights themselves
 
     c.evaluate = ConfigDict()
@@ -203,9 +204,11 @@ def get_config(variant: str = "") -> ConfigDict:
     c.evaluate.samples = 64  # one a prompt, prompts repeated in order
     c.evaluate.steps = 10  # deterministic ODE steps
     c.evaluate.solver = "euler"  # "euler" | "heun" (flow ODE), "ddim"
-    # (eta 0, for any network) or "rollout" (as in training)
+    # (eta 0, for any network), or "rollout": the sampler of training, with its noise,
+    # steps and guidance in place of those here
     c.evaluate.guidance_scale = 1.0
-    c.evaluate.data_samples = 64  # held-out data loss
+    c.evaluate.data_samples = 64  # held-out data loss: of emoji drawn anew, of the
+    # records of data.heldout, or where that is 0 of those trained on with other noise
     c.evaluate.pictures = 16  # of them in the grid
 
     c.checkpoint = ConfigDict()
@@ -215,8 +218,10 @@ def get_config(variant: str = "") -> ConfigDict:
 
     c.sample = ConfigDict()  # --mode=sample
     c.sample.per_prompt = 8
+    c.sample.solver = "auto"  # deterministic: "euler" | "heun" (flow ODE), "ddim" (eta
+    # 0, for any network), "auto": ddim for stable_diffusion, else euler
     c.sample.guidance_scale = 2.0
-    c.sample.steps = 20
+    c.sample.steps = 20  # of the solver
     c.sample.output = ""  # folder of the data set; "" means WORKDIR/dataset
 
     c.export = ConfigDict()  # --mode=export of stable_diffusion

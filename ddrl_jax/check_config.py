@@ -1,7 +1,8 @@
 """Everything that can be known to be wrong before a weight is loaded.
 
-`config_rules` says what each key accepts and `check_objective` which terms go together;
-here are files, batches, devices and outputs. The first problem found is reported.
+`config_rules` says what each key accepts, `check_objective` which terms go together and
+`check_network` which sizes; here are files, batches, devices and outputs. The first
+problem found is reported.
 """
 
 import importlib.util
@@ -9,13 +10,13 @@ import math
 from pathlib import Path
 from typing import Any
 
+from ddrl_jax.check_network import check_network
 from ddrl_jax.check_objective import SOURCES, check_objective
 from ddrl_jax.config_rules import check_keys, near, require
 from ddrl_jax.data.prompts import prompt_list
 from ddrl_jax.diffusion.kernels import KERNELS
 from ddrl_jax.diffusion.solvers import METHODS
 from ddrl_jax.models.attention import IMPLEMENTATIONS
-from ddrl_jax.models.remat import check_offload
 from ddrl_jax.rewards.registry import REWARDS
 
 
@@ -32,7 +33,7 @@ def check_config(config: Any, device_count: int) -> None:
     check_keys(config)
     _check_names(config)
     _check_solver(config)
-    _check_network(config)
+    check_network(config)
     _check_data(config)
     _check_prompts(config)
     check_objective(config)
@@ -54,7 +55,7 @@ def check_shapes(config: Any, device_count: int) -> None:
     """
     check_keys(config)
     _check_names(config)
-    _check_network(config)
+    check_network(config)
     _check_batches(config)
     _check_mesh(config, device_count)
     _check_optimizer(config)
@@ -80,103 +81,14 @@ def _check_names(config: Any) -> None:
 
 
 def _check_solver(config: Any) -> None:
-    require(
-        config.model.name != "stable_diffusion"
-        or config.evaluate.solver not in METHODS,
-        "the solver belongs to flow networks",
-        got=f'evaluate.solver "{config.evaluate.solver}"',
-        wanted='"ddim" or "rollout" for Stable Diffusion',
-        way_out="change evaluate.solver",
-    )
-
-
-def _check_network(config: Any) -> None:
-    model, lora = config.model, config.lora
-    require(
-        lora.rank > 0 or lora.alpha == 0,
-        "lora.alpha scales nothing without LoRA",
-        got=f"alpha {lora.alpha}, rank 0",
-        wanted="a rank >= 1 with an alpha, or alpha 0",
-        way_out="set lora.rank, or lora.alpha to 0",
-    )
-    if model.remat == "offload":
-        check_offload()
-    if model.name == "emoji":
-        _check_emoji(model, lora)
-    elif model.name == "video_dit":
-        check_video(model)
-    else:
+    flow = config.model.name != "stable_diffusion"
+    for key, rest in (("evaluate", '"rollout"'), ("sample", '"auto"')):
         require(
-            model.init != "random",
-            "Stable Diffusion has no random start here",
-            got='model.init "random"',
-            wanted='a diffusers folder, "owner/name" on the hub, or "assets"',
-            way_out="set config.model.init; :smoke runs on the tiny shipped one",
-        )
-
-
-def _check_emoji(model: Any, lora: Any) -> None:
-    require(
-        model.image_size > 0,
-        "model.image_size is 0",
-        got=0,
-        wanted="the side of a picture in pixels",
-        way_out="set model.image_size, 32 for the shipped weights",
-    )
-    for whole, part in (("width", "heads"), ("image_size", "patch")):
-        require(
-            model[whole] % model[part] == 0,
-            f"model.{whole} is not divisible by model.{part}",
-            got=f"{whole} {model[whole]}, {part} {model[part]}",
-            wanted=f"a multiple of {model[part]}",
-            way_out=f"change model.{whole} or model.{part}",
-        )
-    for key in ("width", "patch"):
-        require(
-            model[key] % 2 == 0,
-            f"model.{key} is odd",
-            got=model[key],
-            wanted="an even number: sines and cosines, and windows of two patches",
-            way_out=f"set model.{key} to {model[key] + 1}",
-        )
-    require(
-        lora.rank <= model.width,
-        "lora.rank is larger than the matrices it factors",
-        got=f"rank {lora.rank}, model.width {model.width}",
-        wanted="rank <= width",
-        way_out="4 to 32 is usual; 0 trains all weights",
-    )
-    if model.init not in ("assets", "random"):
-        path = Path(model.init)
-        require(
-            path.suffix == ".npz" and path.is_file(),
-            "the starting weights do not exist",
-            got=f"model.init {model.init!r}",
-            wanted='"assets", "random" or the path of an .npz file',
-            way_out=near(model.init, ("assets", "random"))
-            + "--mode=export writes such a file",
-        )
-
-
-def check_video(model: Any) -> None:
-    """Heads share the width, and patches cut the latents without a rest.
-
-    Raises:
-      UserError: names the two numbers that do not fit.
-    """
-    video = model.video
-    parts = (
-        ("model.width", model.width, "model.heads times 2", 2 * model.heads),
-        ("model.video.height", video.height, "model.patch", model.patch),
-        ("model.video.width", video.width, "model.patch", model.patch),
-    )
-    for whole, size, part, divisor in parts:
-        require(
-            size % divisor == 0,
-            f"{whole} is not divisible by {part}",
-            got=f"{size} and {divisor}",
-            wanted=f"a multiple of {divisor}",
-            way_out=f"change {whole}",
+            flow or config[key].solver not in METHODS,
+            "the solver belongs to flow networks",
+            got=f'{key}.solver "{config[key].solver}"',
+            wanted=f'"ddim" or {rest} for Stable Diffusion',
+            way_out=f"change {key}.solver",
         )
 
 
@@ -207,12 +119,23 @@ def _check_data(config: Any) -> None:
             if data.source == "samples"
             else "set config.data.path to a folder of pictures with captions",
         )
+    _check_heldout(config)
     require(
         data.source != "none" or config.prompts.source != "data",
         "there are no captions to take prompts from",
         got='data.source "none" with prompts.source "data"',
         wanted='a data source, or prompts.source "file" or "list"',
         way_out='set prompts.source to "file" and prompts.path',
+    )
+
+
+def _check_heldout(config: Any) -> None:
+    require(
+        config.data.heldout == 0 or config.data_term.captions == "own",
+        "no record is held out where the data are those of the prompts",
+        got=f'data.heldout {config.data.heldout} with data_term.captions "prompt"',
+        wanted='data_term.captions "own", or data.heldout 0',
+        way_out="change one of them",
     )
 
 
@@ -307,8 +230,15 @@ def _check_chunks(config: Any, shares: int) -> None:
 
 
 def _check_optimizer(config: Any) -> None:
-    optimizer, train = config.optimizer, config.train
-    updates = train.epochs * train.inner_epochs * train.minibatches
+    optimizer = config.optimizer
+    updates = _updates(config)
+    require(
+        not optimizer.fresh or optimizer.schedule == "constant",
+        "a schedule that begins anew each epoch never gets to its end",
+        got=f'optimizer.schedule "{optimizer.schedule}" with optimizer.fresh True',
+        wanted='"constant", or fresh False',
+        way_out='set optimizer.schedule to "constant"',
+    )
     require(
         optimizer.schedule != "cosine" or optimizer.warmup < updates,
         "the warm-up is not over before the cosine ends",
@@ -316,6 +246,35 @@ def _check_optimizer(config: Any) -> None:
         wanted=f"fewer than {updates} (epochs x inner_epochs x minibatches)",
         way_out="lower optimizer.warmup or raise train.epochs",
     )
+
+
+def _updates(config: Any) -> int:
+    train = config.train
+    return train.epochs * train.inner_epochs * train.minibatches
+
+
+def notes(config: Any) -> list[str]:
+    """What is allowed and may not be what was meant, a sentence each.
+
+    Args:
+      config: checked.
+    """
+    found, data = [], config.data
+    warmup, updates = config.optimizer.warmup, _updates(config)
+    if config.optimizer.fresh:  # then it starts anew each epoch
+        updates //= config.train.epochs
+    if warmup >= updates:
+        found.append(
+            f"optimizer.warmup {warmup} is not over within {updates} updates: the rate "
+            "stays below optimizer.lr"
+        )
+    stored = data.source not in ("emoji", "none") and data.heldout == 0
+    if stored and config.data_term.weight and config.evaluate.data_samples:
+        found.append(
+            "data/heldout_loss is that of the pictures trained on, with noise of its "
+            "own: data.heldout is 0"
+        )
+    return found
 
 
 def _check_outputs(config: Any) -> None:

@@ -70,6 +70,15 @@ def _check_rewards(config: Any) -> None:
         wanted="at least one reward with a weight above 0",
         way_out="--config.rewards.weights=\"{'compressibility': 1.0}\"",
     )
+    idle = [name for name in rewards.weights if rewards.weights[name] == 0]
+    require(
+        not idle or config.policy.weight == 0,
+        "a reward of weight 0 would be computed for nothing",
+        got=f"rewards.weights {plain(rewards.weights)}",
+        wanted="weights above 0",
+        way_out=f"leave out {', '.join(idle)}, or move it to rewards.heldout to have "
+        "it judge the evaluations",
+    )
     both = [name for name in rewards.heldout if name in trained]
     require(
         not both,

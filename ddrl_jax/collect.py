@@ -61,7 +61,7 @@ def collect(
         scores.values, scores.valid, prompts.group, prompts.index, tracker
     )
     metrics = _reward_metrics(dict(config.rewards.weights), scores)
-    metrics |= summed(counters(pool.rewards))
+    metrics |= summed(counters(pool.rewards)) | _rollout_gap(config.policy, chunks)
     samples = None
     if config.policy.term == "sparse_rwr":
         x0 = tuple(chunk.x0 for chunk in chunks)
@@ -121,6 +121,22 @@ def _filled(program: Program, state: TrainState, chunk: Minibatch, found: Rollou
         old = program.recompute(state.params, program.frozen, _with_zeros(chunk))
         chunk = chunk._replace(old_log_prob=old)
     return chunk
+
+
+def _rollout_gap(policy, chunks: list[Minibatch]) -> dict[str, float]:
+    """Where the old log-probs are recomputed, their largest distance to the rollout's.
+
+    The ratio is 1 whatever that is, so nothing else would tell of it.
+    """
+    if policy.old_log_prob != "recompute" or policy.term in WEIGHTED:
+        return {}
+    gaps = [_gap(c.trajectory.log_prob, c.old_log_prob) for c in chunks]
+    return {"policy/rollout_gap": float(np.max(jax.device_get(gaps)))}
+
+
+@jax.jit
+def _gap(rolled_out: jax.Array, recomputed: jax.Array) -> jax.Array:
+    return jnp.max(jnp.abs(rolled_out - recomputed))
 
 
 def _reward_metrics(weights: dict, scores: Scores) -> dict[str, float]:

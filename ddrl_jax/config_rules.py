@@ -262,6 +262,7 @@ RULES: dict[str, Rule] = {
     "checkpoint.keep": integer(1),
     "checkpoint.resume": choice("latest", "last_good"),
     "sample.per_prompt": integer(1),
+    "sample.solver": choice("auto", "euler", "heun", "ddim"),
     "sample.guidance_scale": number(0),
     "sample.steps": integer(1),
     "sample.output": text(),

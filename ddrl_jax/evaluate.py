@@ -1,6 +1,8 @@
 """Evaluation on fixed prompts and fixed noise, with the averaged weights."""
 
+import itertools
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -16,11 +18,11 @@ from ddrl_jax.interfaces import Cond, DataSource, Reward
 from ddrl_jax.learner import TrainState
 from ddrl_jax.metrics import Metrics
 from ddrl_jax.objectives.data import noised, prediction_loss
-from ddrl_jax.pictures import grid
+from ddrl_jax.pictures import grid, save_png
 from ddrl_jax.program import Program
 from ddrl_jax.rewards.diversity import diversity
 from ddrl_jax.rewards.pool import RewardPool
-from ddrl_jax.rewards.registry import check_prompts, check_rewards, make_rewards
+from ddrl_jax.rewards.registry import check_rewards, make_rewards
 from ddrl_jax.rewards.retrieval import load_judge
 from ddrl_jax.rollout import guided, initial_noise, rollout, step_times
 from ddrl_jax.sharding import place_batch, place_fetched, to_host
@@ -36,9 +38,6 @@ class Evaluation:
     Args:
       program: the run.
       judges: the rewards of weights and heldout.
-
-    Raises:
-      UserError: a judge does not know a prompt.
     """
 
     def __init__(self, program: Program, judges: dict[str, Reward]):
@@ -47,7 +46,6 @@ class Evaluation:
         self.index = np.arange(self.count, dtype=np.int32) % len(program.prompts)
         self.text = tuple(program.prompts[i] for i in self.index)
         self.judges = judges
-        check_prompts(judges, self.text)
         self.features = load_judge().features if _is_emoji(config) else None
         self._sample = make_sampler(program, config.evaluate, config.evaluate.solver)
         source = program.source
@@ -55,17 +53,22 @@ class Evaluation:
 
     def run(self, state: TrainState, metrics: Metrics, epoch: int) -> dict[str, float]:
         """Samples, judges, writes a picture grid; returns the metrics of the epoch."""
+        values, picture = self.judge(state)
+        if picture is not None:
+            metrics.images(epoch, "evaluation", picture)
+        return values
+
+    def judge(self, state: TrainState) -> tuple[dict[str, float], np.ndarray | None]:
+        """Samples and judges the average; returns the metrics and a picture grid."""
         params, config = state.average, self.program.config
-        images = self.sample(params)
+        images, picture = self.sample(params), None
         values = self.judged(images)
         if self._loss is not None and config.evaluate.data_samples:
             values["data/heldout_loss"] = self.data_loss(params)
-        shown = config.evaluate.pictures
-        if shown:
+        if shown := config.evaluate.pictures:
             upscale = max(1, 128 // images.shape[1])
             picture = grid(images[:shown], _columns(shown), upscale, self.text[:shown])
-            metrics.images(epoch, "evaluation", picture)
-        return values
+        return values, picture
 
     def sample(self, params: Any) -> np.ndarray:
         """Pictures uint8 [b h w c] of the evaluation prompts."""
@@ -190,28 +193,39 @@ def _rollout_sampler(program: Program):
 
 
 def evaluate_mode(config: Any, workdir: str) -> None:
-    """--mode=evaluate: judges the newest checkpoint of WORKDIR, prints the values."""
+    """--mode=evaluate: judges the newest checkpoint of WORKDIR, prints the values.
+
+    Nothing of the run is changed: the pictures go to WORKDIR/evaluations/EPOCH.png, or
+    EPOCH_2.png and so on where there are some. Keys that are not as in the run, but for
+    those of config.evaluate, are named on stderr.
+    """
     from ddrl_jax.checkpoint import Checkpoints
     from ddrl_jax.program import build
     from ddrl_jax.resume import start
-    from ddrl_jax.workdir import open_workdir
+    from ddrl_jax.workdir import open_workdir, tell_differences
 
     home = open_workdir(workdir, config, exclusive=False)
+    tell_differences(home, config, ("evaluate.",))
     # Before the large model: a file or server that is missing is told at once.
     judges = make_rewards(config.rewards)
     check_rewards(judges)
-    program = build(config)
+    program = build(config, judges)
     checkpoints = Checkpoints(home.checkpoints, 0, 1, read_only=True)
     epoch, state, _ = start(program, checkpoints)
-    log = config.log.copy_and_resolve_references()
-    log.tensorboard = log.wandb = False
-    with Metrics(home, log) as metrics:
-        values = Evaluation(program, judges).run(state, metrics, epoch)
+    values, picture = Evaluation(program, judges).judge(state)
     if not is_main():
         return
     print(f"epoch {epoch}")
     for name, value in sorted(values.items()):
         print(f"{name:32s} {value:.5g}")
+    if picture is not None:
+        print(f"pictures: {save_png(_unused(home.evaluations, epoch), picture)}")
+
+
+def _unused(folder: Path, epoch: int) -> Path:
+    """EPOCH.png, or with the first number that is not taken: nothing is replaced."""
+    names = (f"{epoch:06d}{f'_{n}' if n > 1 else ''}.png" for n in itertools.count(1))
+    return next(folder / name for name in names if not (folder / name).exists())
 
 
 def _make_data_loss(program: Program, source: DataSource):

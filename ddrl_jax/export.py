@@ -17,7 +17,7 @@ from ddrl_jax.models.stable_diffusion import model_folder
 from ddrl_jax.program import Program, build
 from ddrl_jax.resume import start
 from ddrl_jax.sharding import to_host
-from ddrl_jax.workdir import open_workdir
+from ddrl_jax.workdir import open_workdir, tell_differences
 
 
 def export_mode(config: Any, workdir: str) -> None:
@@ -35,37 +35,49 @@ def export_mode(config: Any, workdir: str) -> None:
       UserError: the run has no checkpoint, or its place is taken.
     """
     home = open_workdir(workdir, config, exclusive=False)
-    whole = config.copy_and_resolve_references()
-    whole.lora.base_dtype = "float32"  # the base itself, not what bfloat16 left of it
-    program = build(whole)
+    tell_differences(home, config, ("export.", "evaluate."))
     checkpoints = Checkpoints(home.checkpoints, 0, 1, read_only=True)
-    epoch, state, _ = start(program, checkpoints)
-    if not epoch:
+    newest = checkpoints.latest()
+    if newest is None:
         raise UserError(
             f"{home.root} has no checkpoint to export",
             got="a run without a finished save",
             wanted="a workdir of --mode=train",
             way_out="train first, or correct --workdir",
         )
+    _refuse_existing(_target(config, home.root, newest))  # before anything is built
+    whole = config.copy_and_resolve_references()
+    whole.lora.base_dtype = "float32"  # the base itself, not what bfloat16 left of it
+    program = build(whole)
+    epoch, state, _ = start(program, checkpoints)
     trained = jax.tree.map(lambda a: a.astype(jnp.float32), state.average)
     weights = to_host(_weights(program, trained))
     if not is_main():
         return
-    target = Path(home.root) / "export" / f"{epoch:06d}"
+    target = _target(config, home.root, epoch)
     write = _diffusers if config.model.name == "stable_diffusion" else _archive
     print(f"exported epoch {epoch}: {write(config, weights, target)}", flush=True)
 
 
-def _archive(config: Any, weights: Params, target: Path) -> Path:
-    del config
-    target = target.with_suffix(".npz")
+def _target(config: Any, root: Path, epoch: int) -> Path:
+    """The file or folder that gets the weights of an epoch."""
+    ending = "" if config.model.name == "stable_diffusion" else ".npz"
+    return root / "export" / f"{epoch:06d}{ending}"
+
+
+def _refuse_existing(target: Path) -> None:
     if target.exists():
         raise UserError(
             f"{target} is already there",
-            got="an existing file",
+            got="an existing file or folder",
             wanted="a new one",
             way_out="move it away",
         )
+
+
+def _archive(config: Any, weights: Params, target: Path) -> Path:
+    del config
+    _refuse_existing(target)
     target.parent.mkdir(exist_ok=True)
     write_params(target, weights)
     return target

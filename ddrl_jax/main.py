@@ -158,8 +158,12 @@ def _disk_problem(error: OSError) -> UserError | None:
 
 
 def _train(config: ConfigDict, workdir: str, *profile: tuple[int, int]) -> None:
+    from ddrl_jax.check_config import notes
+    from ddrl_jax.distributed import is_main
     from ddrl_jax.train import train
 
+    for note in notes(config) if is_main() else ():
+        print(f"note: {note}", file=sys.stderr, flush=True)
     train(config, workdir, *profile)
 
 

@@ -1,7 +1,7 @@
 """Config -> the jitted functions and values of one run; what train, evaluate and
 sample share."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -20,6 +20,7 @@ from ddrl_jax.interfaces import (
     Kernel,
     Params,
     Pipeline,
+    Reward,
     Rollout,
 )
 from ddrl_jax.learner import (
@@ -35,6 +36,7 @@ from ddrl_jax.models.emoji import emoji_pipeline
 from ddrl_jax.models.stable_diffusion import stable_diffusion_pipeline
 from ddrl_jax.models.video_pipeline import video_dit_pipeline
 from ddrl_jax.optim import make_optimizer
+from ddrl_jax.rewards.registry import check_prompts
 from ddrl_jax.rollout import guided, make_score, rollout, step_times
 from ddrl_jax.sharding import (
     BATCH,
@@ -94,11 +96,15 @@ class Program(NamedTuple):
     refresh: Callable[[TrainState], TrainState]  # new moments and schedule, donated
 
 
-def build(config) -> Program:
+def build(config, judges: Mapping[str, Reward] | None = None) -> Program:
     """Builds a run from a checked config; loads the starting weights.
 
     Args:
       config: the whole configuration.
+      judges: of the run's pictures, asked whether they know their prompts.
+
+    Raises:
+      UserError: prompts or data can not be used, or a judge does not know a prompt.
     """
     mesh = make_mesh(config.mesh)
     meet(mesh)
@@ -107,6 +113,7 @@ def build(config) -> Program:
     source = main_first(lambda: make_source(config, pipeline))
     captions = source.captions if source else ()
     prompts = prompt_list(config.prompts, captions, config.seed)
+    _check_judges(config, judges or {}, prompts)
     needs_data = config.data_term.weight > 0
     paired = needs_data and config.data_term.captions == "prompt"
     records = records_by_prompt(prompts, captions) if paired else ()
@@ -118,7 +125,6 @@ def build(config) -> Program:
     decode = _make_decode(pipeline, mesh)
     own = _own_captions(config, pipeline, source, mesh)
     weights = describe_weights(config, pipeline, tx, mesh)
-    states = jax.tree.map(lambda leaf: leaf.sharding, weights.abstract)
     frozen = weights.frozen()
     return Program(
         config=config,
@@ -147,9 +153,18 @@ def build(config) -> Program:
         refresh=jax.jit(
             lambda state: state._replace(opt_state=tx.init(state.params)),
             donate_argnames="state",
-            out_shardings=states,
+            out_shardings=jax.tree.map(lambda leaf: leaf.sharding, weights.abstract),
         ),
     )
+
+
+def _check_judges(
+    config, judges: Mapping[str, Reward], prompts: tuple[str, ...]
+) -> None:
+    """Those trained on see every prompt, all of them the prompts of an evaluation."""
+    trained = config.rewards.weights if config.policy.weight else ()
+    check_prompts({n: judges[n] for n in trained if n in judges}, prompts)
+    check_prompts(judges, prompts[: config.evaluate.samples])
 
 
 def _make_decode(pipeline: Pipeline, mesh: Mesh) -> Callable:

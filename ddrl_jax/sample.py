@@ -10,7 +10,7 @@ import numpy as np
 from tqdm import tqdm
 
 from ddrl_jax.checkpoint import Checkpoints
-from ddrl_jax.data.samples import write_samples
+from ddrl_jax.data.samples import refuse_existing, write_samples
 from ddrl_jax.distributed import is_main
 from ddrl_jax.evaluate import chunks_of, make_sampler
 from ddrl_jax.learner import TrainState
@@ -26,7 +26,8 @@ def sample_mode(config: Any, workdir: str) -> None:
     """Writes config.sample.per_prompt samples of every prompt as a TFDS data set.
 
     The policy is the newest checkpoint of WORKDIR, or the starting weights where it
-    has none. The set can anchor DDRL: config.data.source="samples", data.path=FOLDER.
+    has none; solver, steps and guidance are those of config.sample. The set can anchor
+    DDRL: config.data.source="samples", data.path=FOLDER.
 
     Args:
       config: the whole configuration.
@@ -37,6 +38,7 @@ def sample_mode(config: Any, workdir: str) -> None:
     """
     with open_workdir(workdir, config) as home:
         output = Path(config.sample.output or home.root / "dataset")
+        refuse_existing(output)  # before anything is built
         program = build(config)
         checkpoints = Checkpoints(home.checkpoints, 0, 1, read_only=True)
         _, state, _ = start(program, checkpoints)
@@ -56,7 +58,10 @@ def _draw(
     index = np.repeat(
         np.arange(len(program.prompts), dtype=np.int32), config.sample.per_prompt
     )
-    sample = make_sampler(program, config.sample, config.evaluate.solver)
+    solver = config.sample.solver
+    if solver == "auto":
+        solver = "euler" if program.pipeline.prediction == "velocity" else "ddim"
+    sample = make_sampler(program, config.sample, solver)
     root = jax.random.fold_in(jax.random.key(config.seed), SAMPLE_STREAM)
     size, done = program.chunk, 0
     parts = list(chunks_of(program, root, index))

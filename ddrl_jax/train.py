@@ -23,7 +23,7 @@ from ddrl_jax.program import Program, build
 from ddrl_jax.report import write_report
 from ddrl_jax.resume import samples_per_epoch, save, start
 from ddrl_jax.rewards.pool import RewardPool
-from ddrl_jax.rewards.registry import check_prompts, check_rewards, make_rewards
+from ddrl_jax.rewards.registry import check_rewards, make_rewards
 from ddrl_jax.self_test import check_ratio
 from ddrl_jax.skipped import leaf_names, report_skipped
 from ddrl_jax.terms import WEIGHTED
@@ -47,7 +47,7 @@ def train(config: Any, workdir: str, profile: Epochs | None = None) -> None:
         # Before the large model: a file or server that is missing is told at once.
         rewards = make_rewards(config.rewards)
         check_rewards(rewards)
-        program = build(config)
+        program = build(config, rewards)
         checkpoints = Checkpoints(
             home.checkpoints, config.checkpoint.every, config.checkpoint.keep
         )
@@ -192,7 +192,6 @@ def make_pool(program: Program, rewards: dict[str, Reward]) -> RewardPool:
     """The trained rewards on their threads."""
     config, r = program.config, program.config.rewards
     trained = {n: rewards[n] for n in r.weights} if config.policy.weight else {}
-    check_prompts(trained, program.prompts)
     return RewardPool(trained, r.threads, r.timeout, r.on_failure)
 
 

@@ -1,22 +1,17 @@
 """The folder of one run: its config, its lock and the names of what lies in it."""
 
-import importlib.metadata as metadata
 import json
 import os
-import platform
 import sys
-import time
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-import jax
-
-from ddrl_jax import __version__
 from ddrl_jax.distributed import check_shared, is_main, main_first
 from ddrl_jax.errors import UserError
 from ddrl_jax.lock import Lock
+from ddrl_jax.start_note import note_start
 
 # Keys that a later start may change: what they change is not the numbers of the run,
 # or (mesh, microbatch) only the order in which floats are added.
@@ -72,6 +67,11 @@ class Workdir:
     def samples(self) -> Path:
         """The folder of the pictures."""
         return self.root / "samples"
+
+    @property
+    def evaluations(self) -> Path:
+        """The folder of the pictures of --mode=evaluate: no part of the run."""
+        return self.root / "evaluations"
 
     def __fspath__(self) -> str:
         return str(self.root)
@@ -130,7 +130,7 @@ def _take(root: Path, config: Any) -> Workdir:
     workdir = Workdir(root, lock)
     try:
         _settle_config(workdir, _flat(config))
-        _note_start(workdir)
+        note_start(workdir.starts)
     except OSError as error:
         workdir.close()
         raise _unusable(root, error, "a folder that can be written") from error
@@ -146,8 +146,9 @@ def differing_keys(
     """Returns the keys in which two configs differ so that a run can not go on.
 
     Left out are keys that do not change the numbers (log.*, checkpoint.*, sample.*,
-    mesh.*, rewards.threads, rewards.timeout, evaluate.pictures, train.microbatch,
-    data.cache) and a larger train.epochs, unless the schedule of the learning rate is
+    mesh.*, rewards.threads, rewards.timeout, evaluate.pictures, data.cache) and
+    train.microbatch, except for sparse RWR, which fills what it fits up to whole
+    microbatches; and a larger train.epochs, unless the schedule of the learning rate is
     made for it.
 
     Args:
@@ -161,11 +162,13 @@ def differing_keys(
     pairs = {key: (stored.get(key, _ABSENT), wanted.get(key, _ABSENT)) for key in keys}
     longer = wanted.get("train.epochs", 0) >= stored.get("train.epochs", 0)
     may_grow = wanted.get("optimizer.schedule") != "cosine" and longer
+    sparse = wanted.get("policy.term") == "sparse_rwr"
+    free = tuple(k for k in _FREE if not (sparse and k == "train.microbatch"))
     return {
         key: pair
         for key, pair in pairs.items()
         if pair[0] != pair[1]
-        and not key.startswith(_FREE)
+        and not key.startswith(free)
         and key != "data.cache"  # a place; other keys say what is cached
         and not (key == "train.epochs" and may_grow)
     }
@@ -202,9 +205,26 @@ def _settle_config(workdir: Workdir, wanted: dict[str, Any]) -> None:
     replace_file(workdir.config, text.encode())
 
 
-def _refuse_other_config(workdir: Workdir, wanted: dict[str, Any]) -> None:
+def tell_differences(workdir: Workdir, config: Any, but: tuple[str, ...]) -> None:
+    """Says on stderr where a config is not the one of the run that it looks at.
+
+    Args:
+      workdir: of the run.
+      config: of this command.
+      but: sections ("evaluate.") that this command is free to set.
+    """
+    if not is_main() or not workdir.config.exists():
+        return
+    found = differing_keys(_stored(workdir), _flat(config))
+    lines = [line for line in _listed(found) if not line.startswith(but)]
+    if lines:
+        head = f"not as the run in {workdir.root} was trained:"
+        print("\n  ".join((head, *lines)), file=sys.stderr, flush=True)
+
+
+def _stored(workdir: Workdir) -> dict[str, Any]:
     try:
-        stored = _flat(json.loads(workdir.config.read_bytes()))
+        return _flat(json.loads(workdir.config.read_bytes()))
     except (ValueError, AttributeError) as error:
         raise UserError(
             f"{workdir.config} is not readable",
@@ -212,62 +232,21 @@ def _refuse_other_config(workdir: Workdir, wanted: dict[str, Any]) -> None:
             wanted="the JSON that this program wrote",
             way_out="put it back, or use another --workdir",
         ) from error
-    found = differing_keys(stored, wanted)
+
+
+def _listed(found: Mapping[str, tuple[Any, Any]]) -> list[str]:
+    return [f"{key}: {old!r} there, {new!r} here" for key, (old, new) in found.items()]
+
+
+def _refuse_other_config(workdir: Workdir, wanted: dict[str, Any]) -> None:
+    found = differing_keys(_stored(workdir), wanted)
     if found:
-        listed = [
-            f"{key}: {old!r} there, {new!r} here" for key, (old, new) in found.items()
-        ]
         raise UserError(
             f"{workdir.root} holds a run with another config",
-            got="\n           ".join(listed),
+            got="\n           ".join(_listed(found)),
             wanted="the config stored in its config.json",
             way_out="use another --workdir, or set these keys as stored",
         )
-
-
-def _note_start(workdir: Workdir) -> None:
-    packages = (
-        "ddrl_jax",
-        "jax",
-        "jaxlib",
-        "flax",
-        "optax",
-        "orbax-checkpoint",
-        "numpy",
-    )
-    versions = {"ddrl_jax": __version__, "python": platform.python_version()}
-    for package in packages:
-        try:
-            versions[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            versions[package] = "not installed"
-    devices = jax.devices()
-    start = {
-        "date": time.strftime("%Y-%m-%d %H:%M:%S %Z"),
-        "command": " ".join(["python -m ddrl_jax.main", *sys.argv[1:]]),
-        "devices": f"{len(devices)} x {devices[0].device_kind}",
-        "cpu": _cpu_name(),
-        "cores": os.cpu_count(),
-        "memory_gb": _memory_gb(),
-        "versions": versions,
-    }
-    with workdir.starts.open("a") as file:
-        file.write(json.dumps(start) + "\n")
-
-
-def _memory_gb() -> float:
-    return round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9, 1)
-
-
-def _cpu_name() -> str:
-    try:
-        text = Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return platform.processor() or platform.machine()
-    names = [
-        line.split(":", 1)[1] for line in text.splitlines() if "model name" in line
-    ]
-    return names[0].strip() if names else platform.machine()
 
 
 def _flat(config: Any, prefix: str = "") -> dict[str, Any]:

@@ -37,10 +37,11 @@ PLUMBING += (
     "report",
     "skipped",
     "curves",
+    "start_note",
 )
 MEASURES = ("flops", "chips", "profile")
 CHECKS = ("config_rules", "check_config", "check_objective")
-CHECKS += ("config_file", "command_line")
+CHECKS += ("check_network", "config_file", "command_line")
 PARTS = ("diffusion", "objectives", "models", "rewards", "data", "rollout", "learner")
 PARTS += ("terms",)
 RUN = (
@@ -84,7 +85,7 @@ IMPORT_TABLE: dict[str, tuple[str, ...]] = {
     "checkpoint": ("fingerprint", "orbax_log", "distributed"),
     "fingerprint": ("checksum",),
     "report": ("curves",),
-    "workdir": ("distributed", "lock"),
+    "workdir": ("distributed", "lock", "start_note"),
     "metrics_file": ("metrics", "workdir"),
     **{
         name: ("diffusion", "models", "rewards", "data", "terms", *CHECKS)

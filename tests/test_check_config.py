@@ -6,7 +6,7 @@ import re
 import pytest
 from edited_config import configured, refused
 
-from ddrl_jax.check_config import check_config
+from ddrl_jax.check_config import check_config, notes
 from ddrl_jax.config_file import load_config
 
 CONFIGS = pathlib.Path(__file__).resolve().parents[1] / "configs"
@@ -43,6 +43,16 @@ COMBINATIONS = {
     "microbatch": ({"train.microbatch": 24}, "to 8", {"train.microbatch": 8}),
     "cosine": ({"optimizer.schedule": "cosine", "optimizer.warmup": 60}, "warm-up",
                {"optimizer.warmup": 59}),
+    "solver of samples": (
+        {"model.name": "stable_diffusion", "data.source": "none", "rewards.heldout": (),
+         "prompts.source": "list", "prompts.list": ("a dog",),
+         "evaluate.solver": "ddim", "sampler.kernel": "ddim",
+         "sample.solver": "heun"},
+        "sample.solver", {"sample.solver": "auto"}),
+    "fresh cosine": ({"optimizer.schedule": "cosine", "optimizer.fresh": True},
+                     "anew each epoch", {"optimizer.schedule": "constant"}),
+    "held-out records": ({"data.heldout": 3}, "data_term.captions",
+                         {"data_term.captions": "own"}),
     "pictures": ({"evaluate.pictures": 65}, "evaluate.pictures",
                  {"evaluate.samples": 65}),
 }  # fmt: skip
@@ -54,6 +64,22 @@ def test_keys_that_do_not_go_together(case):
     message = str(refused(edits))
     assert word in message
     check_config(configured(edits | remedy), 1)
+
+
+def test_what_may_not_be_meant_is_noted():
+    def told(**edits):
+        return notes(configured({k.replace("__", "."): v for k, v in edits.items()}))
+
+    assert told(optimizer__warmup=59) == []  # 30 epochs of 2 updates
+    (warmup,) = told(optimizer__warmup=60)
+    assert "optimizer.warmup 60" in warmup and "60 updates" in warmup
+    (each,) = told(optimizer__warmup=2, optimizer__fresh=True)
+    assert "2 updates" in each
+    samples = {"data.source": "samples", "data_term.weight": 0.1}
+    (loss,) = notes(configured(samples))
+    assert "data/heldout_loss" in loss
+    assert notes(configured(samples | {"data.heldout": 2})) == []
+    assert notes(configured({"data_term.weight": 0.1})) == []  # emoji are drawn anew
 
 
 def test_a_logger_that_is_not_installed(monkeypatch):

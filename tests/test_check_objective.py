@@ -16,6 +16,9 @@ COMBINATIONS = {
     "no reward": ({"rewards.weights": {}}, "reward", PRETRAIN),
     "rewards of weight 0": ({"rewards.weights": {"compressibility": 0.0}}, "reward",
                             {"rewards.weights": {"incompressibility": 1.0}}),
+    "one of weight 0": (
+        {"rewards.weights": {"compressibility": 1.0, "incompressibility": 0.0}},
+        "leave out incompressibility", {"rewards.weights": {"compressibility": 1.0}}),
     "held out": ({"rewards.weights": {"retrieval": 1.0}}, "held-out",
                  {"rewards.heldout": ()}),
     "kl without rollouts": (PRETRAIN | {"policy.kl_weight": 0.1}, "policy.kl_weight",

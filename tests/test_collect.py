@@ -113,7 +113,11 @@ def test_old_log_probs_may_be_recomputed(run):
     marked = program._replace(
         config=config, recompute=lambda *a: program.recompute(*a) + 1.0
     )
-    for chunk in epoch(marked, state).chunks:
+    found = epoch(marked, state)
+    # the ratio is 1 to the recomputed ones, so this alone tells of the distance
+    assert found.metrics["policy/rollout_gap"] == pytest.approx(1.0, abs=1e-6)
+    assert "policy/rollout_gap" not in epoch(program, state).metrics
+    for chunk in found.chunks:
         np.testing.assert_allclose(
             chunk.old_log_prob, chunk.trajectory.log_prob + 1.0, atol=1e-6
         )

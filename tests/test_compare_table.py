@@ -46,6 +46,18 @@ def test_the_table_has_the_numbers_by_hand(tmp_path):
     assert "| DDRL 0.01 | 0.01 | 27 |" in lines
 
 
+def test_every_evaluation_of_every_seed_is_beside_the_table(tmp_path):
+    table = compare.write_table(two_seeds(tmp_path), tmp_path / "table.md")
+    assert "- every run's evaluations: `table.csv`" in table.read_text()
+    lines = (tmp_path / "table.csv").read_text().splitlines()
+    head = "arm,seed,epochs,calls,kilobytes,retrieval,within_prompt,across_prompts"
+    assert lines[0] == f"{head},data_loss"
+    assert len(lines) == 1 + 4 * 4  # four runs of four evaluations
+    assert lines[1] == "ddpo,0,0,0,6,0.6,0.2,0.7,0.2"
+    assert "ddrl,1,27,1728,4.4,0.3,0.2,0.7,0.23" in lines
+    assert "ddpo,1,9,576,3,0.1,0.2,0.7,0.5" in lines
+
+
 def test_an_unfinished_run_is_said_to_be_so(tmp_path):
     write(tmp_path, "ddpo", DDPO, train={"epochs": 21})
     text = compare.write_table(load(tmp_path, ["ddpo"]), tmp_path / "t.md").read_text()
@@ -62,6 +74,7 @@ def test_what_was_not_measured_is_not_made_up(tmp_path):
     runs = load(tmp_path, ["ddpo"])
     text = compare.write_table(runs, tmp_path / "t.md").read_text()
     assert "not known" in text and "nan" not in text
+    assert (tmp_path / "t.csv").read_text().splitlines()[1].endswith(",0.2,0.7,")
     assert compare.first_collapse(runs["ddpo"][0]) == 576
     compare.draw(runs, tmp_path / "t.png")
 

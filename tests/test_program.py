@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from edited_config import configured
 from tiny_runs import (
+    TINY,
     WORDS,
     chunks_with_trajectories,
     flat_source,
@@ -18,8 +19,10 @@ from tiny_runs import (
 from ddrl_jax.data.prompts import draw_prompts
 from ddrl_jax.diffusion.kernels import make_kernel
 from ddrl_jax.draws import draw_chunks, draw_trained_steps
+from ddrl_jax.errors import UserError
 from ddrl_jax.program import (
     DATA_STREAM,
+    build,
     total_updates,
 )
 from ddrl_jax.sources import make_source
@@ -94,6 +97,32 @@ def test_captions_and_records_are_those_of_the_prompt(program):
     records = np.concatenate([c.records for c in chunks])
     assert [program.source.captions[r] for r in records] == list(prompts.text)
     assert len(set(records)) > 2  # more than one picture of the two captions
+
+
+def test_a_judge_that_does_not_know_a_prompt_is_heard_before_any_weight(monkeypatch):
+    class Judge:
+        def __init__(self, *known):
+            self.known = known
+
+        def __call__(self, images, prompts):
+            raise AssertionError("nothing is judged here")
+
+        def check_prompts(self, prompts):
+            if set(prompts) - set(self.known):
+                raise UserError("unheard of", got="", wanted="", way_out="")
+
+    def no_weights(*_):
+        raise AssertionError("weights were described first")
+
+    config = configured(TINY | {"evaluate.samples": 2, "rewards.heldout": ("held",)})
+    monkeypatch.setattr("ddrl_jax.program.describe_weights", no_weights)
+    # A held-out judge sees the prompts of the evaluation, a trained one all of them.
+    for known, fine in ((WORDS[:1], False), (WORDS[:2], True)):
+        judges = {"compressibility": Judge(*WORDS), "held": Judge(*known)}
+        with pytest.raises(AssertionError if fine else UserError):
+            build(config, judges)
+    with pytest.raises(UserError):
+        build(config, {"compressibility": Judge(*WORDS[:2]), "held": Judge(*WORDS)})
 
 
 def test_without_a_data_term_there_is_no_data():

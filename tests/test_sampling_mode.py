@@ -1,4 +1,4 @@
-"""--mode=sample and --mode=export: a run's policy as data, and as a file of weights."""
+"""--mode=sample, export and evaluate: a run as data, as weights, and judged again."""
 
 import jax
 import numpy as np
@@ -6,6 +6,7 @@ import pytest
 from edited_config import configured
 from tiny_runs import TINY, WORDS, perturbed, perturbed_state
 
+from ddrl_jax import evaluate
 from ddrl_jax.checkpoint import Checkpoints
 from ddrl_jax.data.emoji import read_emoji
 from ddrl_jax.errors import UserError
@@ -30,6 +31,10 @@ def settings(**edits):
     return configured(
         TINY | EDITS | {k.replace("__", "."): v for k, v in edits.items()}
     )
+
+
+def no_build(*_):
+    raise AssertionError("a model was built first")
 
 
 def save_epoch(config, workdir, scale):
@@ -76,8 +81,16 @@ def test_the_same_samples_wherever_they_go(sampled, tmp_path):
     assert not (tmp_path / "run" / "dataset").exists()
 
 
-def test_samples_are_never_overwritten(sampled):
+def test_solver_steps_and_guidance_are_those_of_the_mode(sampled, tmp_path):
+    # Noise, steps and guidance of the rollout belong to training.
+    sample_mode(settings(evaluate__solver="rollout"), str(tmp_path))
+    there, here = read_emoji(sampled / "dataset"), read_emoji(tmp_path / "dataset")
+    np.testing.assert_array_equal(there[0], here[0])
+
+
+def test_samples_are_never_overwritten(sampled, monkeypatch):
     before = read_emoji(sampled / "dataset")[0]
+    monkeypatch.setattr("ddrl_jax.sample.build", no_build)
     with pytest.raises(UserError, match="already there"):
         sample_mode(settings(), str(sampled))
     np.testing.assert_array_equal(read_emoji(sampled / "dataset")[0], before)
@@ -103,7 +116,7 @@ def test_the_newest_checkpoint_is_sampled(sampled, tmp_path):
 # ---- weights of the policy
 
 
-def test_the_exported_weights_are_the_average_in_half(tmp_path, capsys):
+def test_the_exported_weights_are_the_average_in_half(tmp_path, capsys, monkeypatch):
     config = settings()
     _, state = save_epoch(config, tmp_path, 0.05)
     export_mode(config, str(tmp_path))
@@ -116,6 +129,7 @@ def test_the_exported_weights_are_the_average_in_half(tmp_path, capsys):
         np.testing.assert_array_equal(a, b)
     pipeline = emoji_pipeline(settings(model__init=str(path)))
     assert jax.tree.structure(pipeline.load()) == jax.tree.structure(half)
+    monkeypatch.setattr("ddrl_jax.export.build", no_build)
     with pytest.raises(UserError, match="already there"):
         export_mode(config, str(tmp_path))
 
@@ -133,9 +147,51 @@ def test_a_lora_is_merged_on_export(tmp_path):
     assert np.abs(product).max() > 0.05
 
 
-def test_nothing_to_export(tmp_path):
+def test_nothing_to_export(tmp_path, monkeypatch):
+    monkeypatch.setattr("ddrl_jax.export.build", no_build)
     with open_workdir(tmp_path, settings()):
         pass
     with pytest.raises(UserError, match="no checkpoint to export"):
         export_mode(settings(), str(tmp_path))
     assert not (tmp_path / "export").exists()
+
+
+# ---- a run judged again
+
+
+class Features:
+    """Stands in for the judge, which reads pictures of 32 pixels only."""
+
+    @staticmethod
+    def features(images):
+        return images.reshape(len(images), -1)[:, :5]
+
+
+def contents(folder):
+    """The files of a workdir, but for the checkpoint, which is only read."""
+    files = [p for p in folder.rglob("*") if p.is_file()]
+    beside = {"checkpoints", "evaluations"}
+    return {p: p.read_bytes() for p in files if not beside & set(p.parts)}
+
+
+def test_evaluating_again_replaces_nothing_of_the_run(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(evaluate, "load_judge", lambda: Features)
+    save_epoch(settings(), tmp_path, 0.05)
+    shown = tmp_path / "samples" / "evaluation_000001.png"
+    shown.parent.mkdir()
+    shown.write_bytes(b"what the report shows")
+    before = contents(tmp_path)
+    evaluate.evaluate_mode(settings(evaluate__pictures=3), str(tmp_path))
+    said = capsys.readouterr()
+    first = tmp_path / "evaluations" / "000001.png"
+    assert f"pictures: {first}" in said.out and "epoch 1" in said.out
+    assert said.err == ""  # keys of evaluate are free
+    kept = first.read_bytes()
+    more = settings(evaluate__pictures=2, sampler__steps=5)
+    evaluate.evaluate_mode(more, str(tmp_path))
+    said = capsys.readouterr()
+    assert "sampler.steps: 4 there, 5 here" in said.err
+    assert "evaluate.pictures" not in said.err
+    names = sorted(path.name for path in first.parent.iterdir())
+    assert names == ["000001.png", "000001_2.png"]
+    assert first.read_bytes() == kept and contents(tmp_path) == before

@@ -6,7 +6,7 @@ import pytest
 
 from configs.base import get_config
 from ddrl_jax.errors import UserError
-from ddrl_jax.workdir import differing_keys, open_workdir
+from ddrl_jax.workdir import differing_keys, open_workdir, tell_differences
 
 
 def start(path: Path, **changes) -> None:
@@ -106,6 +106,26 @@ def test_the_precision_of_a_cache_is_no_place_of_it():
     keys = {"data.cache": "a", "data.cache_dtype": "float16"}
     found = differing_keys(keys, {"data.cache": "b", "data.cache_dtype": "float32"})
     assert list(found) == ["data.cache_dtype"]
+
+
+def test_the_microbatch_decides_what_sparse_rwr_fits(tmp_path):
+    start(tmp_path, **{"policy.term": "sparse_rwr"})
+    with pytest.raises(UserError, match="train.microbatch: 16 there, 8 here"):
+        start(tmp_path, **{"policy.term": "sparse_rwr", "train.microbatch": 8})
+
+
+def test_a_reader_is_told_what_differs_from_the_run(tmp_path, capsys):
+    start(tmp_path)
+    config = get_config()
+    config.update_from_flattened_dict({"evaluate.samples": 9, "log.progress": False})
+    with open_workdir(tmp_path, config, exclusive=False) as home:
+        tell_differences(home, config, ("evaluate.",))
+        assert capsys.readouterr().err == ""
+        config.lora.alpha = 8.0
+        tell_differences(home, config, ("evaluate.",))
+    said = capsys.readouterr().err
+    assert said.splitlines()[1:] == ["  lora.alpha: 0.0 there, 8.0 here"]
+    assert str(tmp_path) in said
 
 
 def test_keys_of_another_version_are_named():

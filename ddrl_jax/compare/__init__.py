@@ -1,7 +1,7 @@
 """Several algorithms on equal prompts, noise and reward calls: one table, one figure.
 
 Nothing is trained here: workdirs in, markdown and pictures out. `runs` reads them,
-`bars` judges them, `table` and `figures` show them.
+`bars` judges them, `table`, `values` and `figures` show them.
 """
 
 import os

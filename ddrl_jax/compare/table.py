@@ -24,6 +24,7 @@ from ddrl_jax.compare.runs import (
     read_lines,
     summarise,
 )
+from ddrl_jax.compare.values import write_values
 
 FALLS = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5)  # of the base's JPEG size
 _OWN = ("name", "seed", "train.epochs")  # keys that differ without being an anchor
@@ -32,10 +33,10 @@ _OWN = ("name", "seed", "train.epochs")  # keys that differ without being an anc
 def write_table(
     runs: Runs,
     path: str | os.PathLike,
-    facts: Mapping[str, str] | None = None,
+    facts: dict[str, str] | None = None,
     figures: Sequence[Path] = (),
 ) -> Path:
-    """Writes the comparison as markdown.
+    """Writes the comparison as markdown, and every run's evaluations as CSV beside it.
 
     Args:
       runs: of `load_runs`.
@@ -48,8 +49,9 @@ def write_table(
     """
     path, summaries = Path(path), summarise(runs)
     path.parent.mkdir(parents=True, exist_ok=True)
+    values = write_values(runs, path.with_suffix(".csv"))
     parts = (
-        _head(runs, facts or {}),
+        _head(runs, (facts or {}) | {"every run's evaluations": f"`{values.name}`"}),
         (f"![{figure.stem}]({figure.name})\n" for figure in figures),
         _bars(runs, summaries),
         _values(summaries),

@@ -53,13 +53,7 @@ def write_samples(
     Raises:
       UserError: the folder is already there.
     """
-    if folder.exists():
-        raise UserError(
-            f"the data set {folder} is already there",
-            got="an existing folder",
-            wanted="a new one",
-            way_out="move it away or set --config.sample.output",
-        )
+    refuse_existing(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     # Beside its place, so that one rename puts the finished set there.
     with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
@@ -67,6 +61,17 @@ def write_samples(
         builder.download_and_prepare()
         Path(builder.data_dir).rename(folder)
     return builder.info.splits["train"].num_examples
+
+
+def refuse_existing(folder: Path) -> None:
+    """Raises UserError where a data set, or anything else, is in the place of one."""
+    if folder.exists():
+        raise UserError(
+            f"the data set {folder} is already there",
+            got="an existing folder",
+            wanted="a new one",
+            way_out="move it away or set --config.sample.output",
+        )
 
 
 def _builder(batches: Iterable):

@@ -4,7 +4,7 @@ import difflib
 import hashlib
 import zipfile
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -81,9 +81,25 @@ def read_params(path: Path) -> Params:
     Raises:
       UserError: no such file, or one that is not such an archive.
     """
+    return _read(path, lambda file, name: np.asarray(file[name], np.float32))
+
+
+def read_shapes(path: Path) -> Params:
+    """The tree of `read_params` as shapes, from the headers alone."""
+    return _read(path, _header)
+
+
+def _header(file: Any, name: str) -> jax.ShapeDtypeStruct:
+    with file.zip.open(f"{name}.npy") as member:
+        np.lib.format.read_magic(member)
+        shape, _, dtype = np.lib.format.read_array_header_1_0(member)
+    return jax.ShapeDtypeStruct(shape, dtype)
+
+
+def _read(path: Path, leaf: Callable[[Any, str], Any]) -> Params:
     try:
         with np.load(path, allow_pickle=False) as file:
-            flat = {name: np.asarray(file[name], np.float32) for name in file.files}
+            flat = {name: leaf(file, name) for name in file.files}
         if not flat:
             raise ValueError("the archive is empty")
         return traverse_util.unflatten_dict(flat, sep="/")
@@ -114,8 +130,8 @@ def check_params(params: Params, shapes: Params, source: Path) -> None:
         f"the weights {source} belong to another model ({len(names)} leaves differ)",
         got=f"{first}: {got.get(first, 'missing')}",
         wanted=f"{first}: {want.get(first, 'no such leaf')}",
-        way_out="set config.model width, depth, heads and patch to those of the "
-        "weights, or choose other weights with config.model.init",
+        way_out="set config.model width, depth, heads, patch and image_size to those "
+        "of the weights, or choose other weights with config.model.init",
     )
 
 
@@ -186,12 +202,11 @@ def _starting_weights(init: str, shapes: Params):
     if init == "random":
         return (lambda: None), "random"
     path = BASE if init == "assets" else Path(init)
+    check_params(read_shapes(path), shapes, path)  # before anything is loaded
 
     def load() -> Params:
         params = read_params(path)
         check_params(params, shapes, path)
         return params
 
-    if not path.is_file():
-        read_params(path)  # raises the error that names the file
     return load, hashlib.sha256(path.read_bytes()).hexdigest()[:16]

@@ -168,9 +168,12 @@ def test_it_starts_from_a_file_of_its_own_shapes(tmp_path):
     assert len(found.fingerprint) == 16
     write_params(path, jax.tree.map(lambda a: a + 1, random))
     assert pipeline(**{"model.init": str(path)}).fingerprint != found.fingerprint
-    other = pipeline(**{"model.init": str(path), "model.width": 32})
     with pytest.raises(UserError, match="another model"):
-        other.load()
+        pipeline(**{"model.init": str(path), "model.width": 32})
+    with pytest.raises(UserError, match="another model") as caught:
+        pipeline(**{"model.init": str(path), "model.image_size": 64})
+    assert caught.value.got.startswith("position: ")
+    assert "image_size" in caught.value.way_out
 
 
 def test_missing_weights_are_named_before_anything_is_built(tmp_path):

@@ -104,7 +104,7 @@ MISSING = {
 def test_what_a_reward_lacks_is_told_before_the_model_is_read(
     case, mode, monkeypatch, tmp_path
 ):
-    def build(config):
+    def build(*_):
         raise AssertionError("the model was read first")
 
     monkeypatch.setattr("ddrl_jax.train.build", build)
