@@ -19,6 +19,21 @@ from ddrl_jax.resume import start
 from ddrl_jax.sharding import to_host
 from ddrl_jax.workdir import open_workdir, tell_differences
 
+# Keys that do not change what is exported. Where the weights lie may have changed; that
+# they are those of the run is checked by their fingerprint.
+FREE = (
+    "export.",
+    "evaluate.",
+    "model.init",
+    "model.revision",
+    "model.variant",
+    "model.dtype",
+    "model.remat",
+    "model.attention",
+    "model.vae_",
+    "lora.base_dtype",
+)
+
 
 def export_mode(config: Any, workdir: str) -> None:
     """Writes WORKDIR/export/EPOCH: what the weights are used by is the model's matter.
@@ -32,10 +47,11 @@ def export_mode(config: Any, workdir: str) -> None:
       workdir: folder of the run.
 
     Raises:
-      UserError: the run has no checkpoint, or its place is taken.
+      UserError: the run has no checkpoint, its place is taken, or its model or LoRA
+        is another one: a LoRA's scale is no part of its weights.
     """
     home = open_workdir(workdir, config, exclusive=False)
-    tell_differences(home, config, ("export.", "evaluate."))
+    tell_differences(home, config, FREE, never=("model.", "lora."))
     checkpoints = Checkpoints(home.checkpoints, 0, 1, read_only=True)
     newest = checkpoints.latest()
     if newest is None:

@@ -205,21 +205,34 @@ def _settle_config(workdir: Workdir, wanted: dict[str, Any]) -> None:
     replace_file(workdir.config, text.encode())
 
 
-def tell_differences(workdir: Workdir, config: Any, but: tuple[str, ...]) -> None:
+def tell_differences(
+    workdir: Workdir, config: Any, but: tuple[str, ...], never: tuple[str, ...] = ()
+) -> None:
     """Says on stderr where a config is not the one of the run that it looks at.
 
     Args:
       workdir: of the run.
       config: of this command.
-      but: sections ("evaluate.") that this command is free to set.
+      but: sections ("evaluate.") and keys that this command is free to set.
+      never: sections that it may not set otherwise than the run, but for those keys.
+
+    Raises:
+      UserError: a key of `never` differs.
     """
-    if not is_main() or not workdir.config.exists():
+    if not workdir.config.exists():
         return
     found = differing_keys(_stored(workdir), _flat(config))
-    lines = [line for line in _listed(found) if not line.startswith(but)]
-    if lines:
+    found = {key: pair for key, pair in found.items() if not key.startswith(but)}
+    if wrong := {key: pair for key, pair in found.items() if key.startswith(never)}:
+        raise UserError(
+            f"{workdir.root} holds a run of another model",
+            got="\n           ".join(_listed(wrong)),
+            wanted="the model that the run trained, as its config.json has it",
+            way_out="give the flags that the run was started with",
+        )
+    if found and is_main():
         head = f"not as the run in {workdir.root} was trained:"
-        print("\n  ".join((head, *lines)), file=sys.stderr, flush=True)
+        print("\n  ".join((head, *_listed(found))), file=sys.stderr, flush=True)
 
 
 def _stored(workdir: Workdir) -> dict[str, Any]:

@@ -147,6 +147,30 @@ def test_a_lora_is_merged_on_export(tmp_path):
     assert np.abs(product).max() > 0.05
 
 
+OTHERS = {
+    "lora.alpha: 4.0 there, 6.0 here": {"lora__rank": 2, "lora__alpha": 6.0},
+    "lora.rank: 2 there, 0 here": {},
+    "model.heads: 2 there, 1 here": {
+        "lora__rank": 2, "lora__alpha": 4.0, "model__heads": 1
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("told", OTHERS)
+def test_a_run_is_exported_with_the_scale_it_was_trained_with(
+    told, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("ddrl_jax.export.build", no_build)
+    trained = {"lora__rank": 2, "lora__alpha": 4.0}
+    with open_workdir(tmp_path, settings(**trained)):
+        pass
+    with pytest.raises(UserError, match=told):
+        export_mode(settings(**OTHERS[told]), str(tmp_path))
+    elsewhere = trained | {"model__init": "somewhere.npz", "model__dtype": "bfloat16"}
+    with pytest.raises(UserError, match="no checkpoint to export"):
+        export_mode(settings(**elsewhere), str(tmp_path))
+
+
 def test_nothing_to_export(tmp_path, monkeypatch):
     monkeypatch.setattr("ddrl_jax.export.build", no_build)
     with open_workdir(tmp_path, settings()):
