@@ -83,8 +83,8 @@ def child(out: str, argv: list[str]) -> None:
     clock = Clock()
     build, collect = loop.build, loop.collect
 
-    def built(config: Any) -> Any:
-        program = build(config)
+    def built(*arguments: Any) -> Any:
+        program = build(*arguments)
         names = ("rollout", "update", "advantages", "sampling")
         jitted = {n: clock.timed("jitted", getattr(program, n)) for n in names}
         return program._replace(**jitted)
