@@ -11,18 +11,20 @@
 #   --runtime=NAME    software version; by default the one for the type
 #   --nfs=HOST:/PATH  shared file system (Filestore), mounted at /mnt/shared on each host
 #   --attempts=N      slices to use up before giving up (20)
+#   --restarts=N      after a worker failed on a healthy slice (3)
 #   --keep            leave the slice running at the end
 #   --dry-run         print the commands and run none
 #
 # Requests the slice, waits for it, copies the commit HEAD to all workers, and runs the
-# program on all of them. A preempted slice is deleted, requested again, and the run
-# goes on from its last checkpoint. Keep this command alive (tmux); it is safe to
-# start again: a slice that is there is used.
+# program on all of them, in the background there: a dropped connection ends nothing. A
+# preempted slice is deleted, requested again, and the run goes on from its last
+# checkpoint. Keep this command alive (tmux); it is safe to start again: a slice that is
+# there is used, and what still runs on it is stopped first, with a checkpoint.
 set -euo pipefail
 # shellcheck source=launch/arguments.sh
 . "$(dirname "${BASH_SOURCE[0]}")/arguments.sh"
 
-parse "name= project= zone= type= spot runtime= nfs= attempts= keep" "$@"
+parse "name= project= zone= type= spot runtime= nfs= attempts= restarts= keep" "$@"
 need name project zone type
 check_program
 tool gcloud "the Google Cloud CLI"
@@ -41,15 +43,48 @@ archive=/tmp/ddrl_jax-$name.tar.gz
 pause=${POLL_SECONDS:-30}
 queue=(gcloud compute tpus queued-resources)
 node=(gcloud compute tpus tpu-vm)
+program=(--platform=tpu "${PROGRAM[@]}")
 
-state_of_slice() {
-  "${queue[@]}" describe "$name" "${where[@]}" --format='value(state.state)' 2>/dev/null ||
-    echo ABSENT
+# What is shipped is the commit, not the files as they lie here.
+check_commit() {
+  local config changed
+  config=$(of_program config)
+  if ! git -C "$REPOSITORY" rev-parse -q --verify HEAD >/dev/null 2>&1; then
+    [[ -n ${OPTION[dry-run]:-} ]] && return
+    fail "$REPOSITORY is no git repository with a commit, which is what is shipped"
+  fi
+  git -C "$REPOSITORY" cat-file -e "HEAD:${config%%:*}" 2>/dev/null ||
+    fail "${config%%:*} is not in the commit HEAD, which is what is shipped; commit it"
+  changed=$(git -C "$REPOSITORY" status --porcelain)
+  [[ -z $changed ]] ||
+    echo "tpu_pod.sh: warning: the commit HEAD is shipped, without what has changed since" >&2
 }
 
-state_of_node() {
-  "${node[@]}" describe "$name" "${where[@]}" --format='value(state)' 2>/dev/null ||
-    echo ABSENT
+# Sets STATE to what the cloud says, ABSENT where it knows of none. No answer (an expired
+# login, no network) is none: nothing may be deleted for it.
+look() {
+  local answer try
+  for ((try = 1; try <= 20; try++)); do
+    if answer=$("$@" 2>&1); then
+      STATE=${answer##*$'\n'}
+      return
+    fi
+    if [[ $answer == *NOT_FOUND* ]]; then
+      STATE=ABSENT
+      return
+    fi
+    echo "$name: gcloud does not answer, trying again: ${answer##*$'\n'}" >&2
+    sleep "$pause"
+  done
+  fail "gcloud did not answer 20 times; the slice $name is left as it is"
+}
+
+look_at_slice() {
+  look "${queue[@]}" describe "$name" "${where[@]}" '--format=value(state.state)'
+}
+
+look_at_node() {
+  look "${node[@]}" describe "$name" "${where[@]}" '--format=value(state)'
 }
 
 request() {
@@ -68,11 +103,10 @@ await() {
     run "${queue[@]}" describe "$name" "${where[@]}" '--format=value(state.state)'
     return
   fi
-  local state
-  while state=$(state_of_slice) && [[ $state != ACTIVE ]]; do
-    case $state in
+  while look_at_slice && [[ $STATE != ACTIVE ]]; do
+    case $STATE in
       FAILED | SUSPENDED | ABSENT) return 1 ;;
-      *) echo "$(date -u +%H:%M:%S) $name: $state" && sleep "$pause" ;;
+      *) echo "$(date -u +%H:%M:%S) $name: $STATE" && sleep "$pause" ;;
     esac
   done
 }
@@ -81,32 +115,64 @@ on_all() {
   run "${node[@]}" ssh "$name" "${where[@]}" --worker=all --command="$1"
 }
 
-# TPU VMs come with an older Python than the program needs; uv brings its own.
+# TPU VMs come with an older Python than the program needs; uv brings its own. What an
+# earlier call has left running is stopped first: it holds the chips and the workdir.
 prepare() {
-  local mount=true
+  local mount=true apt="sudo apt-get -qy -o DPkg::Lock::Timeout=300"
   if [[ -n ${OPTION[nfs]:-} ]]; then
-    mount="{ mountpoint -q /mnt/shared || { sudo apt-get install -qy nfs-common &&"
-    mount+=" sudo mkdir -p /mnt/shared && sudo mount $(quoted "${OPTION[nfs]}") /mnt/shared; }; }"
+    mount="mountpoint -q /mnt/shared || { $apt update && $apt install nfs-common"
+    mount+=" && sudo mkdir -p /mnt/shared && sudo mount $(quoted "${OPTION[nfs]}") /mnt/shared; }"
+    # a new Filestore share is root's alone
+    mount+="; [ -w /mnt/shared ] || sudo chmod 1777 /mnt/shared"
   fi
   run git -C "$REPOSITORY" archive --format=tar.gz --output="$archive" HEAD &&
     run "${node[@]}" scp "$archive" "$name:ddrl_jax.tar.gz" "${where[@]}" --worker=all &&
-    on_all "set -e; $mount; mkdir -p ddrl_jax; tar -xzf ddrl_jax.tar.gz -C ddrl_jax; cd ddrl_jax;\
+    on_all "set -e; ! [ -f ddrl_jax/launch/detached.sh ] || bash ddrl_jax/launch/detached.sh stop;\
+ $mount; mkdir -p ddrl_jax; tar -xzf ddrl_jax.tar.gz -C ddrl_jax; cd ddrl_jax;\
  command -v uv || curl -LsSf https://astral.sh/uv/install.sh | sh;\
  export PATH=\$HOME/.local/bin:\$PATH; [ -d .venv ] || uv venv --python 3.11 .venv;\
- uv pip install --quiet --python .venv/bin/python \
- -c launch/constraints.txt -e '.[tpu]'"
+ uv pip install --quiet --python .venv/bin/python -c launch/constraints.txt -e '.[tpu]'"
 }
 
-train() {
-  on_all "cd ddrl_jax && bash launch/run.sh --platform=tpu $(quoted "${PROGRAM[@]}")"
+detached() {
+  on_all "bash ddrl_jax/launch/detached.sh $(quoted "$@")"
+}
+
+# Follows the program through dropped connections; fails when it has.
+attend() {
+  local lines=+1 states
+  until detached follow "$lines"; do
+    healthy || return 1
+    states=$(detached status | grep '^ddrl_jax: ') || states=""
+    case $states in
+      "" | *running*) echo "$name: the connection was lost; attaching again" >&2 ;;
+      *)
+        judge "$states"
+        return
+        ;;
+    esac
+    lines=20
+  done
+}
+
+# 0 where all have ended well. 2 is a mistake that the program has explained, or how the
+# others end when one is gone.
+judge() {
+  if ! grep -qv ' ended 0$' <<<"$1"; then return 0; fi
+  if ! grep -qv ' ended 2$' <<<"$1"; then
+    echo "$name: the program failed on a healthy slice, which is left as it is" >&2
+    exit 1
+  fi
+  return 1
 }
 
 # A slice that is being taken away says so only after a while.
 healthy() {
-  local look
-  for look in 1 2 3 4; do
-    [[ $(state_of_slice) == ACTIVE && $(state_of_node) == READY ]] || return 1
-    ((look == 4)) || sleep "$pause"
+  local turn
+  for turn in 1 2 3 4; do
+    look_at_slice && [[ $STATE == ACTIVE ]] || return 1
+    look_at_node && [[ $STATE == READY ]] || return 1
+    ((turn == 4)) || sleep "$pause"
   done
 }
 
@@ -114,11 +180,29 @@ finish() {
   if [[ -z ${OPTION[keep]:-} ]]; then delete; fi
 }
 
+# Returns when the slice is gone.
+use_slice() {
+  local restarts=${OPTION[restarts]:-3} turn
+  for ((turn = 0; turn <= restarts; turn++)); do
+    if prepare && detached start "${program[@]}" && attend; then
+      finish
+      exit 0
+    fi
+    healthy || return 0
+    echo "$name: a worker failed on a healthy slice ($((turn + 1)) of $((restarts + 1)))" >&2
+  done
+  echo "$name: the slice is left as it is; ~/ddrl_jax.run/log on its workers says more" >&2
+  exit 1
+}
+
+check_commit
 if [[ -n ${OPTION[dry-run]:-} ]]; then
   request
   await
   prepare
-  train
+  detached start "${program[@]}"
+  remark "again after each dropped connection:"
+  detached follow +1
   remark "after a preemption the slice is deleted, and all of the above is repeated;"
   remark "at the end, unless --keep is given:"
   finish
@@ -126,16 +210,11 @@ if [[ -n ${OPTION[dry-run]:-} ]]; then
 fi
 
 for ((attempt = 1; attempt <= ${OPTION[attempts]:-20}; attempt++)); do
-  [[ $(state_of_slice) != ABSENT ]] || request
-  if await && prepare && train; then
-    finish
-    exit 0
-  fi
-  if healthy; then
-    echo "$name: the program failed on a healthy slice, which is left as it is" >&2
-    exit 1
-  fi
+  look_at_slice
+  [[ $STATE != ABSENT ]] || request || echo "$name: was not granted" >&2
+  if await; then use_slice; fi
   echo "$name: the slice is gone (attempt $attempt); asking for another" >&2
-  delete
+  look_at_slice
+  [[ $STATE == ABSENT ]] || delete || echo "$name: could not be deleted yet" >&2
 done
 fail "--attempts=${OPTION[attempts]:-20} slices were lost"

@@ -37,7 +37,7 @@ TOOL_OF = {
     "slurm": "sbatch",
     "skypilot": "sky",
 }
-STAND_IN = """#!{python}
+STAND_IN = """#!{python} -SE
 import json, os, sys
 note = os.environ["STAND_IN_NOTES"]
 name = os.path.basename(sys.argv[0])
