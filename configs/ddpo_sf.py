@@ -8,6 +8,10 @@ AdamW with weight decay 1e-4, and exactly one update for each collection of samp
 Differs from the paper: 64 samples and 20 steps (256 and 50), guidance 2 (5 suits Stable
 Diffusion), lr 1e-4 (1e-5 for a network 200 times as large), advantages clipped at 5 (10
 in the released code) and a tracker of 16 rewards (32), since a run here is short.
+
+One run of 6 of its 30 epochs, 34 s each on one CPU core beside other work, 2026-11-24,
+one seed: too short to see the size move (5.57 and 5.58 kB, means of the first and the
+last three epochs); the held-out data loss went from 0.109 to 0.112.
 """
 
 from ml_collections import ConfigDict

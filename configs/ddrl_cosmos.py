@@ -16,6 +16,10 @@ a last denoising call.
 data_term.every_step=False would leave the data term at the first trained step alone,
 the noisiest one. So does the release's data_on_first_only, which also divides that loss
 by the number of trained steps.
+
+One run of 10 of its 30 epochs, 21 s each on one CPU core beside other work, 2026-11-24,
+one seed: the JPEG size of its samples went from 5.00 to 4.27 kB (means of the first and
+the last three epochs) with a held-out data loss of 0.0871 and then 0.0873.
 """
 
 from ml_collections import ConfigDict

@@ -10,6 +10,11 @@ a sample, at its own noise level, which the paper found as good as one a step. O
 update for each rollout, so the ratio is 1 and the clip never acts. Differs from the
 paper: a network of 4 M weights with lr 1e-4 and ten steps, of which three of the nine
 noisy ones are trained, 8 prompts of 8 samples.
+
+One run of its 30 epochs, 7 s each on one CPU core beside other work, 2026-11-24, one
+seed: the JPEG size of its samples fell from 5.70 to 4.42 kB (means of the first and the
+last three epochs) and the held-out data loss rose from 0.120 to 0.131; the pictures
+stay.
 """
 
 from ml_collections import ConfigDict

@@ -9,6 +9,11 @@ its 0.04 is 0.004 here (dt = 0.1). No data term. Differs from the paper: 8 promp
 samples (48 of 24), no guidance, all weights (LoRA), three of the nine noisy steps
 trained, two updates an epoch, and a wider clip, 3e-3, for log-probs that are means over
 3,072 values and a few large updates.
+
+One run of its 30 epochs, 5 s each on one CPU core beside other work, 2026-11-24, one
+seed: the JPEG size of its samples fell from 5.70 to 4.20 kB (means of the first and the
+last three epochs) and the held-out data loss rose from 0.120 to 0.197: it wipes
+backgrounds and thin animals.
 """
 
 from ml_collections import ConfigDict
