@@ -85,8 +85,8 @@ def torn(self, step, values):
 
 build, collect, write = loop.build, loop.collect, loop.Metrics.write
 
-def built(config):
-    program = build(config)
+def built(config, judges=None):
+    program = build(config, judges)
     wrap = {"rollout": ("rollout", before), "update": ("update", before),
             "after update": ("update", after)}
     name, how = wrap.get(stage, (None, None))
