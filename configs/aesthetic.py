@@ -16,6 +16,9 @@ def get_config(variant: str = "") -> ConfigDict:
     c.rewards.weights = ConfigDict({"aesthetic": 1.0})
     c.prompts.update(source="set", set="simple_animals")
     c.advantages.tracker_size = 32
+    if variant.startswith("rwr"):  # weights of each prompt's own samples
+        c.advantages.kind = "group"
+        c.prompts.update(per_epoch=40, group_size=256)
     if not variant.startswith(("rwr", "sparse_rwr", "paper", "sf")):
         c.train.epochs = 200
     return ddpo_sd.finish(c, variant)

@@ -87,7 +87,9 @@ def get_config(variant: str = "") -> ConfigDict:
     c.prompts.feature = "caption"  # "tfds": its text feature
     c.prompts.split = "train"  # "tfds": its split
     c.prompts.list = ()  # the prompts themselves, for "list"
-    c.prompts.limit = 0  # keep a seeded choice of so many; 0 keeps all
+    c.prompts.limit = 0  # keep a seeded choice of so many; 0 keeps all. Every device
+    # holds the embeddings of all that are kept (236 KB each of Stable Diffusion): more
+    # than 4 GB are refused
     c.prompts.per_epoch = 8  # prompts drawn each epoch
     c.prompts.group_size = 8  # samples of each
 
@@ -133,6 +135,8 @@ def get_config(variant: str = "") -> ConfigDict:
     # the prompt's words in the answer, needs no model)
     c.rewards.vlm.bertscore_model = "microsoft/deberta-xlarge-mnli"
     c.rewards.vlm.bertscore_layers = 0  # 0: bert-score's own choice for the model
+    c.rewards.vlm.bertscore_device = "cpu"  # as PyTorch calls it: "cpu" | "cuda:1" |
+    # ...; JAX holds the memory of the devices that it sees
     c.rewards.vlm.questions = "counting"  # vlm_questions: a set, or a JSON lines file
     c.rewards.vlm.match = "substring"  # "substring" (as DDPO) | "word"
 

@@ -46,7 +46,9 @@ def _shrink_diffusion(c: ConfigDict) -> ConfigDict:
     c.rewards.vlm.scorer = "words"
     c.lora.rank = min(c.lora.rank, 2)
     _shrink_run(c)
-    c.prompts.update(per_epoch=16, group_size=1)
+    groups = 4 if c.advantages.kind == "group" else 16
+    c.prompts.update(per_epoch=groups, group_size=16 // groups)
+    c.data.heldout = min(c.data.heldout, 1)
     c.train.inner_epochs = min(c.train.inner_epochs, 2)
     c.advantages.update(tracker_size=8, tracker_min=4)
     return c

@@ -203,6 +203,7 @@ RULES: dict[str, Rule] = {
     "rewards.vlm.scorer": choice("bertscore", "words"),
     "rewards.vlm.bertscore_model": text(empty=False),
     "rewards.vlm.bertscore_layers": integer(0),
+    "rewards.vlm.bertscore_device": text(empty=False),
     "rewards.vlm.questions": text(empty=False),
     "rewards.vlm.match": choice("substring", "word"),
     "advantages.kind": choice("group", "tracker", "batch"),

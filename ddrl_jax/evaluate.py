@@ -87,9 +87,13 @@ class Evaluation:
         config, values = self.program.config, {}
         r = config.rewards
         with RewardPool(self.judges, r.threads, r.timeout, r.on_failure) as pool:
-            rows = own_share(self.count)
-            text = [self.text[i] for i in rows]
-            calls = [pool.submit(images[rows], text)] if text else []
+            rows, size = own_share(self.count), self.program.chunk
+            # in the portions of training: a judge's time limit is that of a portion
+            parts = [rows[i : i + size] for i in range(0, len(rows), size)]
+            texts = [[self.text[i] for i in part] for part in parts]
+            calls = [
+                pool.submit(images[p], t) for p, t in zip(parts, texts, strict=True)
+            ]
             found = whole_scores(pool.collect(calls), rows, self.count)
         if not found.valid.all():  # only with on_failure "mask"
             values["evaluation/valid"] = float(np.mean(found.valid))

@@ -17,6 +17,7 @@ from ddrl_jax.models.stable_diffusion import model_folder
 from ddrl_jax.program import Program, build
 from ddrl_jax.resume import start
 from ddrl_jax.sharding import to_host
+from ddrl_jax.sources import without_data
 from ddrl_jax.workdir import open_workdir, tell_differences
 
 # Keys that do not change what is exported. Where the weights lie may have changed; that
@@ -62,7 +63,7 @@ def export_mode(config: Any, workdir: str) -> None:
             way_out="train first, or correct --workdir",
         )
     _refuse_existing(_target(config, home.root, newest))  # before anything is built
-    whole = config.copy_and_resolve_references()
+    whole = without_data(config).copy_and_resolve_references()
     whole.lora.base_dtype = "float32"  # the base itself, not what bfloat16 left of it
     program = build(whole)
     epoch, state, _ = start(program, checkpoints)

@@ -88,11 +88,13 @@ def _dispatch(command: Command, join: bool) -> None:
     from ddrl_jax.check_config import check_config
     from ddrl_jax.config_rules import shared_settings
     from ddrl_jax.distributed import check_agreement, joined, place
+    from ddrl_jax.sources import without_data
 
     where = place(command.place, os.environ)
     more = (command.profile,) if command.profile else ()  # only of mode train
     with joined(where) if join else nullcontext():
-        check_config(config, _device_count())
+        used = without_data(config) if mode in DATALESS else config
+        check_config(used, _device_count())
         check_agreement(
             {"--mode": mode, "ddrl_jax": __version__} | shared_settings(config)
         )
@@ -191,6 +193,7 @@ def _report(workdir: str) -> None:
     print(write_report(workdir))
 
 
+DATALESS = ("sample", "export")  # modes that need no data set
 _MODE_CALLS = {
     "train": _train,
     "evaluate": _evaluate,

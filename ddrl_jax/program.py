@@ -14,6 +14,7 @@ from jax.tree_util import Partial
 from ddrl_jax.data.prompts import prompt_list, records_by_prompt, require_records
 from ddrl_jax.diffusion.kernels import make_kernel
 from ddrl_jax.distributed import main_first, meet
+from ddrl_jax.errors import UserError
 from ddrl_jax.interfaces import (
     Cond,
     DataSource,
@@ -54,6 +55,7 @@ PIPELINES = {
     "stable_diffusion": stable_diffusion_pipeline,
     "video_dit": video_dit_pipeline,
 }
+TEXT_BYTES = 4_000_000_000  # of embeddings of prompts that every device may hold
 DATA_STREAM = (
     1_000_003  # folded into the seed, so data draws never repeat rollout noise
 )
@@ -120,6 +122,7 @@ def build(config, judges: Mapping[str, Reward] | None = None) -> Program:
     trained_on = source if needs_data else None
     objective = make_objective(config, pipeline, kernel, trained_on, mesh)
     tx = make_optimizer(config.optimizer, total_updates(config))
+    _check_texts(len(prompts), pipeline)
     # Before the weights: a prompt that can not be read is an error without a wait.
     cond_table = put(pipeline.encode(prompts), replicated(mesh))
     decode = _make_decode(pipeline, mesh)
@@ -236,6 +239,20 @@ def make_objective(config, pipeline, kernel, source, mesh) -> Objective:
     )
 
 
+def _check_texts(count: int, pipeline: Pipeline, what: str = "prompts") -> None:
+    """Refuses more texts than every device can hold the embeddings of."""
+    each = sum(leaf.nbytes for leaf in jax.tree.leaves(pipeline.uncond))
+    if count * each > TEXT_BYTES:
+        raise UserError(
+            f"the embeddings of all {what} do not fit on a device",
+            got=f"{count} of {each:,} bytes: {count * each / 1e9:.1f} GB",
+            wanted=f"at most {TEXT_BYTES / 1e9:g} GB, {TEXT_BYTES // each} texts",
+            way_out=f"--config.prompts.limit={TEXT_BYTES // each} keeps a seeded choice"
+            if what == "prompts"
+            else "a smaller data set, or data_term.captions 'prompt'",
+        )
+
+
 def _own_captions(config, pipeline: Pipeline, source, mesh: Mesh) -> Captions | None:
     if source is None or config.data_term.captions == "prompt":
         return None
@@ -245,6 +262,7 @@ def _own_captions(config, pipeline: Pipeline, source, mesh: Mesh) -> Captions | 
     require_records(len(rows), config.data.heldout)
     table = None
     if source.cond is None:
+        _check_texts(len(unique), pipeline, "captions of the data")
         table = put(pipeline.encode(unique), replicated(mesh))
     return Captions(table, rows, len(rows) - config.data.heldout)
 

@@ -17,6 +17,7 @@ from ddrl_jax.learner import TrainState
 from ddrl_jax.program import Program, build
 from ddrl_jax.resume import start
 from ddrl_jax.sharding import to_host
+from ddrl_jax.sources import without_data
 from ddrl_jax.workdir import open_workdir
 
 SAMPLE_STREAM = 3_000_017  # folded into the seed: noise of its own
@@ -39,7 +40,7 @@ def sample_mode(config: Any, workdir: str) -> None:
     with open_workdir(workdir, config) as home:
         output = Path(config.sample.output or home.root / "dataset")
         refuse_existing(output)  # before anything is built
-        program = build(config)
+        program = build(without_data(config))
         checkpoints = Checkpoints(home.checkpoints, 0, 1, read_only=True)
         _, state, _ = start(program, checkpoints)
         drawn = _draw(program, state)

@@ -42,6 +42,19 @@ def make_source(config: Any, pipeline: Pipeline) -> DataSource | None:
     )
 
 
+def without_data(config: Any) -> Any:
+    """A copy for the modes that use a policy and no data: none need be there.
+
+    The configuration itself where its prompts are the captions of the data.
+    """
+    if config.prompts.source == "data" or not config.policy.weight:
+        return config
+    config = config.copy_and_resolve_references()
+    config.data.update(source="none", heldout=0)
+    config.data_term.weight = 0.0
+    return config
+
+
 def _pictures(config: Any, pipeline: Pipeline) -> Pictures:
     """The pictures of a folder or a TFDS data set, in the size the model works on."""
     data = config.data

@@ -20,8 +20,15 @@ _FREE = (
     "checkpoint.",
     "sample.",
     "mesh.",
+    "export.",
     "rewards.threads",
     "rewards.timeout",
+    "rewards.vlm.base_url",
+    "rewards.vlm.api_key_env",
+    "rewards.vlm.timeout",
+    "rewards.vlm.retries",
+    "rewards.vlm.backoff",
+    "rewards.vlm.threads",
     "evaluate.pictures",
     "train.microbatch",
 )
@@ -168,10 +175,14 @@ def differing_keys(
         key: pair
         for key, pair in pairs.items()
         if pair[0] != pair[1]
-        and not key.startswith(free)
-        and key != "data.cache"  # a place; other keys say what is cached
+        and not _is_free(key, free)
         and not (key == "train.epochs" and may_grow)
     }
+
+
+def _is_free(key: str, free: tuple[str, ...]) -> bool:
+    # data.cache is a place; other keys that begin so say what is cached
+    return key == "data.cache" or key.startswith(free)
 
 
 def replace_file(path: Path, content: bytes) -> None:

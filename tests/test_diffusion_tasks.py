@@ -155,6 +155,7 @@ def test_prompt_alignment_asks_a_server(tmp_path):
 
     with vlm_server.serving(reply) as (url, seen):
         keys = (f"rewards.vlm.base_url={url}", "rewards.vlm.model=judge")
+        keys += ("rewards.weights={'vlm_alignment': 1.0}",)
         rows = run("prompt_alignment.py:smoke", tmp_path / "run", *LORA, *keys)
     check_rows(rows, "vlm_alignment")
     assert len(seen.bodies) >= 2 * 16 + 3 * 4

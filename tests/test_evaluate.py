@@ -196,17 +196,22 @@ def test_what_a_judge_can_not_score_is_left_out_where_masking_is_configured(run)
     found = evaluation_of(run[0]._replace(config=config))
 
     def half(images, prompts):
-        scores = np.arange(len(prompts), dtype=np.float32)
+        portions.append(len(prompts))
+        scores = images[:, 0, 0, 0].astype(np.float32)
         return np.where(scores % 2, scores, np.nan).astype(np.float32)
 
+    portions = []
     found.judges = {"compressibility": half}
     images = np.zeros((6, 16, 16, 3), np.uint8)
+    images[:, 0, 0, 0] = np.arange(6)
     with pytest.raises(UserError, match="compressibility"):
         found.judged(images)
     config.rewards.on_failure = "mask"
     values = found.judged(images)
     assert values["evaluation/compressibility/mean"] == 3.0  # of 1, 3 and 5
     assert values["evaluation/valid"] == 0.5
+    # A judge's time limit is that of a portion of training's size.
+    assert max(portions) == run[0].chunk == 4
     nothing = np.full(6, np.nan, np.float32)
     found.judges = {"compressibility": lambda images, prompts: nothing[: len(images)]}
     assert "evaluation/compressibility/mean" not in found.judged(images)

@@ -1,5 +1,7 @@
 """A program of one narrow block: its keys, its draws, its jitted functions."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -230,3 +232,13 @@ def test_only_the_lora_is_trained():
     moved = jax.tree.map(lambda a, b: bool((a != b).any()), before, after.params)
     assert all(layer["b"] for layer in moved["blocks"].values())
     assert float(metrics["policy/kl"]) == pytest.approx(0.0, abs=1e-9)
+
+
+def test_more_texts_than_a_device_holds(monkeypatch):
+    """Told in bytes, before anything is encoded."""
+    monkeypatch.setattr("ddrl_jax.program.TEXT_BYTES", 50)
+    with pytest.raises(UserError, match="do not fit on a device") as error:
+        tiny_program({"prompts.list": WORDS})
+    each = int(re.search(r"4 of (\d+) bytes", str(error.value))[1])
+    assert f"--config.prompts.limit={50 // each}" in error.value.way_out
+    tiny_program({"prompts.list": WORDS, "prompts.limit": 50 // each})

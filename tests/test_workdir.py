@@ -72,6 +72,14 @@ def test_another_reward_is_a_differing_key(tmp_path):
         ("data.cache", "/elsewhere"),
         ("mesh.fsdp", 2),
         ("train.epochs", 31),
+        ("rewards.vlm.base_url", "http://other:8000/v1"),
+        ("rewards.vlm.api_key_env", "KEY"),
+        ("rewards.vlm.timeout", 9.0),
+        ("rewards.vlm.retries", 1),
+        ("rewards.vlm.backoff", 2.0),
+        ("rewards.vlm.threads", 3),
+        ("data.cache", "/elsewhere"),
+        ("export.merge_lora", True),
     ],
 )
 def test_what_does_not_change_the_numbers_may_change_and_is_stored(
@@ -79,8 +87,25 @@ def test_what_does_not_change_the_numbers_may_change_and_is_stored(
 ):
     start(tmp_path)
     start(tmp_path, **{key: value})
-    section, name = key.split(".")
-    assert json.loads((tmp_path / "config.json").read_text())[section][name] == value
+    stored = json.loads((tmp_path / "config.json").read_text())
+    for name in key.split("."):
+        stored = stored[name]
+    assert stored == value
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("data.cache_dtype", "float32"),
+        ("rewards.vlm.model", "other"),
+        ("rewards.vlm.max_tokens", 8),
+        ("rewards.on_failure", "mask"),
+    ],
+)
+def test_names_that_begin_alike_may_not(tmp_path, key, value):
+    start(tmp_path)
+    with pytest.raises(UserError, match=key.rpartition(".")[2]):
+        start(tmp_path, **{key: value})
 
 
 @pytest.mark.parametrize(

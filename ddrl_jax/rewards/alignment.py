@@ -124,8 +124,8 @@ def vlm_alignment(config: Any, scorer: Scorer | None = None) -> Alignment:
     """Builds DDPO's alignment reward from the `rewards` section.
 
     Args:
-      config: vlm (see `endpoint.endpoint_of`; scorer, bertscore_model and
-        bertscore_layers) and timeout.
+      config: vlm (see `endpoint.endpoint_of`; scorer, and bertscore_model, _layers
+        and _device) and timeout.
       scorer: in place of the one that the configuration names.
 
     Raises:
@@ -144,8 +144,9 @@ def vlm_alignment(config: Any, scorer: Scorer | None = None) -> Alignment:
             " that the answer has)",
             way_out="change --config.rewards.vlm.scorer",
         )
-    layers = config.vlm.bertscore_layers or None
-    return Alignment(client, bertscore_recall(config.vlm.bertscore_model, layers))
+    vlm = config.vlm
+    layers, device = vlm.bertscore_layers or None, vlm.bertscore_device
+    return Alignment(client, bertscore_recall(vlm.bertscore_model, layers, device))
 
 
 def vlm_questions(config: Any) -> RightAnswers:
@@ -168,7 +169,9 @@ def vlm_questions(config: Any) -> RightAnswers:
     return RightAnswers(client, read_questions(config.vlm.questions), config.vlm.match)
 
 
-def bertscore_recall(model: str = MODEL, layers: int | None = None) -> Scorer:
+def bertscore_recall(
+    model: str = MODEL, layers: int | None = None, device: str = "cpu"
+) -> Scorer:
     """Loads BERTScore (Zhang et al., arXiv 1904.09675) without idf or rescaling.
 
     R = mean over the reference's tokens of the largest cosine similarity to a token of
@@ -177,6 +180,7 @@ def bertscore_recall(model: str = MODEL, layers: int | None = None) -> Scorer:
     Args:
       model: a model on the hub or a local folder.
       layers: whose output is compared; None: the one that bert-score recommends.
+      device: of PyTorch. JAX takes most memory of the devices it sees for itself.
 
     Raises:
       UserError: bert-score is not installed, or the model can not be loaded.
@@ -189,25 +193,26 @@ def bertscore_recall(model: str = MODEL, layers: int | None = None) -> Scorer:
             "the alignment reward needs the package bert-score",
             got=f"{type(e).__name__}: {e}",
             wanted="bert-score with PyTorch and transformers",
-            way_out="pip install 'ddrl_jax[alignment]', or"
+            way_out="pip install -e '.[alignment]' in the checkout, or"
             " --config.rewards.vlm.scorer=words",
         ) from e
     try:
         scorer = BERTScorer(
             model,
             num_layers=layers,
+            device=device,
             idf=False,
             rescale_with_baseline=False,
             use_fast_tokenizer=True,
         )
-    except (OSError, KeyError, ValueError) as e:
+    except (OSError, KeyError, ValueError, RuntimeError) as e:
         raise UserError(
             f"the model {model!r} of BERTScore can not be loaded",
             got=f"{type(e).__name__}: {str(e)[:300]}",
             wanted="a model in the hub's cache or a local folder; one that bert-score"
             " does not know needs rewards.vlm.bertscore_layers",
             way_out=f"run once with network access: hf download {model}; or correct"
-            " --config.rewards.vlm.bertscore_model",
+            " --config.rewards.vlm.bertscore_model, or bertscore_device",
         ) from e
     tokenizer = scorer._tokenizer
     tokenizer.model_max_length = min(tokenizer.model_max_length, LONGEST)

@@ -74,7 +74,8 @@ def answer_of(body: bytes) -> str:
         parts = [p.get("text") for p in text if isinstance(p, Mapping)]
         text = " ".join(p for p in parts if isinstance(p, str))
     if not isinstance(text, str) or not text.strip():
-        raise Failure("empty", f"content {text!r}")
+        # a server that answers many at once may say something the next time
+        raise Failure("empty", f"content {text!r}", again=True)
     return text.strip()
 
 

@@ -1,9 +1,9 @@
 """Asks a vision-language model about pictures, over any OpenAI-compatible endpoint.
 
 Requests run on a bounded number of threads. One that fails is asked again where that
-can help (429, 5xx, a broken connection, no answer in time), with exponential backoff
-and jitter; after that the answer is None and the failure is counted by its kind. No
-answer is ever made up.
+can help (429, 5xx, a broken connection, no answer in time, an empty one), with
+exponential backoff and jitter; after that the answer is None and the failure is counted
+by its kind. No answer is ever made up.
 """
 
 import http.client
@@ -149,7 +149,8 @@ class VlmClient:
         blank = data_url(np.full((BLANK, BLANK, 3), 255, np.uint8))
         deadline = time.monotonic() + self.endpoint.budget
         try:
-            self._persist(blank, "What is this?", deadline, threading.Event())
+            stop = threading.Event()
+            self._persist(blank, "What is this?", deadline, stop, silence=True)
         except Failure as failure:
             if failure.kind != "empty":
                 raise self._unusable(failure) from failure
@@ -167,9 +168,17 @@ class VlmClient:
             return None
 
     def _persist(
-        self, picture: str, text: str, deadline: float, stop: threading.Event
+        self,
+        picture: str,
+        text: str,
+        deadline: float,
+        stop: threading.Event,
+        silence: bool = False,
     ) -> str:
-        """Asks until there is an answer, the tries are used up or the time is."""
+        """Asks until there is an answer, the tries are used up or the time is.
+
+        With `silence` an empty answer is one too, and not asked for again.
+        """
         body = request_body(self.endpoint, picture, text)
         for attempt in range(self.endpoint.retries + 1):
             try:
@@ -177,7 +186,9 @@ class VlmClient:
             except Failure as failure:
                 wait = max(failure.wait, self._pause(attempt))
                 late = time.monotonic() + wait >= deadline
-                if not failure.again or attempt == self.endpoint.retries or late:
+                heard = silence and failure.kind == "empty"
+                last = attempt == self.endpoint.retries or late
+                if not failure.again or heard or last:
                     raise
             self._count("retries")
             if stop.wait(wait):

@@ -39,6 +39,7 @@ def rewards_section(url, timeout=30.0, **changes):
         "scorer": "words",
         "bertscore_model": "none",
         "bertscore_layers": 0,
+        "bertscore_device": "cpu",
         "questions": "counting",
         "match": "substring",
     }
@@ -201,7 +202,7 @@ def test_without_bert_score_the_message_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "bert_score", None)
     with pytest.raises(UserError, match="bert-score") as error:
         alignment.bertscore_recall()
-    assert "ddrl_jax[alignment]" in error.value.way_out
+    assert "pip install -e '.[alignment]'" in error.value.way_out
 
 
 class FakeScorer:
@@ -238,6 +239,7 @@ def test_bert_score_is_asked_for_ddpos_recall(fake_bert_score):
     assert scorer.model == "microsoft/deberta-xlarge-mnli"
     assert scorer.settings["idf"] is scorer.settings["rescale_with_baseline"] is False
     assert scorer.settings["num_layers"] is None  # bert-score's own choice: 40
+    assert scorer.settings["device"] == "cpu"  # or it takes CUDA where torch sees it
     assert scorer._tokenizer.model_max_length == 512
     found = reward.scorer(["a", "b"], ["c", "d"])
     np.testing.assert_allclose(found, [0.2, 1.2], rtol=1e-6)

@@ -167,16 +167,27 @@ def test_a_refused_connection_is_tried_again_and_counted():
         ("no_choices", "[1, 2]"),
         ("no_choices", "null"),
         ("no_choices", {"choices": [{"message": None}]}),
-        ("empty", said("  \n")[1]),
-        ("empty", said(None)[1]),
-        ("empty", said([{"type": "image_url"}])[1]),
-        ("empty", said(3)[1]),
     ],
 )
 def test_nonsense_is_no_answer(kind, reply):
     counters, _ = failing(lambda b, n: (200, reply))
     assert counters[f"failures/{kind}"] == 1
     assert counters["requests"] == 1  # asked again, temperature 0 says the same
+
+
+@pytest.mark.parametrize("content", ["  \n", None, [{"type": "image_url"}], 3])
+def test_an_empty_answer_is_asked_for_again_and_then_none(content):
+    counters, _ = failing(lambda b, n: said(content))
+    assert counters["failures/empty"] == 1
+    assert counters["requests"] == 3 and counters["retries"] == 2
+    with serving(lambda b, n: said("cat" if n else content)) as (url, _):
+        assert client(url).ask_all(PICTURES[:1], [["?"]]) == [["cat"]]
+
+
+def test_the_start_up_check_takes_silence_for_an_answer():
+    with serving(lambda b, n: said("")) as (url, seen):
+        client(url).check_endpoint()
+    assert len(seen.bodies) == 1
 
 
 def test_content_in_parts_is_an_answer():

@@ -1,0 +1,139 @@
+"""The other variants of the four tasks as a user runs them, on the tiny shipped model:
+DDRL with data of each kind, REINFORCE, both forms of RWR, and what the full-size
+configuration computes with.
+"""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from tiny_runs import perturbed
+
+from ddrl_jax.check_config import check_config
+from ddrl_jax.command_line import load_config, override
+from ddrl_jax.errors import UserError
+from ddrl_jax.main import run
+from ddrl_jax.program import build
+from ddrl_jax.self_test import ratio_deviations
+from ddrl_jax.sources import without_data
+from ddrl_jax.train import train
+
+ROOT = Path(__file__).resolve().parents[1]
+SHORT = (
+    "sampler.steps=2",
+    "train.epochs=1",
+    "evaluate.samples=4",
+    "evaluate.data_samples=4",
+    "evaluate.pictures=0",
+    "mesh.data=1",
+    "log.progress=False",
+    "log.tensorboard=False",
+)
+WORDS = ("a cat", "a dog", "a red fox", "a bear")
+
+
+def read(spec: str, *keys: str):
+    config = load_config(str(ROOT / "configs" / spec))
+    override(config, ["", *(f"--config.{key}" for key in (*SHORT, *keys))])
+    return config
+
+
+def trained(spec: str, workdir: Path, *keys: str) -> list[dict]:
+    """The metrics of a run: before the first epoch, and after the only one."""
+    config = read(spec, *keys)
+    check_config(config, 1)
+    train(config, str(workdir))
+    lines = (workdir / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def draw_pictures(folder: Path) -> Path:
+    """Four pictures of noise with a caption beside each."""
+    random = np.random.default_rng(0)
+    folder.mkdir()
+    for i, text in enumerate(WORDS):
+        pixels = random.integers(0, 256, (48, 40, 3), np.uint8)
+        Image.fromarray(pixels).save(folder / f"{i}.png")
+        (folder / f"{i}.txt").write_text(text)
+    return folder
+
+
+# ---- DDRL: the data of a folder, and the base model's own samples
+
+
+@pytest.mark.slow
+def test_ddrl_from_a_folder_and_from_samples(tmp_path, capsys, monkeypatch):
+    """The samples are drawn before there are any data."""
+    spec, cache = "aesthetic.py:ddrl-smoke", f"data.cache={tmp_path / 'cache'}"
+    flags = [f"--config.{key}" for key in (*SHORT, cache, "sample.per_prompt=1")]
+    command = [f"--config={ROOT / 'configs' / spec}", *flags]
+    made = tmp_path / "made"
+    monkeypatch.setattr("ddrl_jax.main._device_count", lambda: 1)
+    assert run(["", *command, f"--workdir={made}", "--mode=sample"]) == 0
+    assert f"8 samples of 8 prompts: {made / 'dataset'}" in capsys.readouterr().out
+    sources = {"folder": draw_pictures(tmp_path / "pictures"), "samples": None}
+    for source, folder in sources.items():
+        keys = (f"data.source={source}", f"data.path={folder or made / 'dataset'}")
+        before, after = trained(spec, tmp_path / source, cache, *keys)
+        assert after["policy/ratio_max_deviation"] == 0
+        assert after["data/loss"] > 0 and after["grad_norm"] > 0
+        losses = [row["data/heldout_loss"] for row in (before, after)]
+        assert np.isfinite(losses).all() and losses[0] != losses[1]
+
+
+def test_only_what_is_trained_on_data_needs_them():
+    config = read("aesthetic.py:ddrl-smoke")
+    with pytest.raises(UserError, match="data.path is no folder"):
+        check_config(config, 1)
+    used = without_data(config)
+    check_config(used, 1)
+    assert config.data.source == "folder" and config.data_term.weight > 0
+    config.prompts.source = "data"  # its captions are the prompts
+    assert without_data(config).data.source == "folder"
+
+
+# ---- the other policy terms
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["sf", "rwr", "sparse_rwr"])
+def test_a_variant_trains(kind, tmp_path):
+    task = "aesthetic" if kind == "rwr" else "compressibility"
+    rows = trained(f"{task}.py:{kind}-smoke", tmp_path / kind)
+    assert np.isfinite(rows[1]["policy/loss"]) and rows[1]["grad_norm"] > 0
+    assert rows[1][f"reward/{task}/std"] > 0
+    if kind == "sf":
+        assert rows[1]["policy/ratio_max_deviation"] == 0
+
+
+@pytest.mark.parametrize("task", ["aesthetic", "compressibility"])
+def test_rounds_are_those_of_the_references(task):
+    """10,240 samples, 400 updates of 128, weights of whom ddpo.md section 6 says."""
+    for kind in ("rwr", "sparse_rwr"):
+        c = load_config(str(ROOT / "configs" / f"{task}.py:{kind}"))
+        assert c.prompts.per_epoch * c.prompts.group_size == 10_240
+        assert c.train.minibatches * c.train.inner_epochs == 400
+        alone = kind == "sparse_rwr" or task == "aesthetic"
+        assert c.advantages.kind == ("group" if alone else "batch")
+
+
+# ---- what the full size computes with
+
+
+@pytest.mark.slow
+def test_the_ratio_is_1_in_bfloat16_with_remat_and_long_attention():
+    """At 384 px attention is over 2,304 places, which "auto" takes in portions."""
+    keys = ("model.dtype=bfloat16", "model.remat=full", "model.image_size=384")
+    keys += ("train.microbatch=1", "prompts.per_epoch=2", "train.minibatches=1")
+    program = build(read("compressibility.py:smoke", *keys))
+    assert program.config.model.attention == "auto"
+    assert program.config.sampler.guidance_scale == 5.0
+    state = program.new_state()
+    state = state._replace(params=perturbed(state.params, 0.3))
+    found = ratio_deviations(program, state)
+    assert {name: values.max() for name, values in found.items()} == {
+        "replay": 0.0,
+        "update": 0.0,
+    }
