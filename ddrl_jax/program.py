@@ -122,9 +122,8 @@ def build(config, judges: Mapping[str, Reward] | None = None) -> Program:
     trained_on = source if needs_data else None
     objective = make_objective(config, pipeline, kernel, trained_on, mesh)
     tx = make_optimizer(config.optimizer, total_updates(config))
-    _check_texts(len(prompts), pipeline)
     # Before the weights: a prompt that can not be read is an error without a wait.
-    cond_table = put(pipeline.encode(prompts), replicated(mesh))
+    cond_table = _encoded(pipeline, prompts, mesh)
     decode = _make_decode(pipeline, mesh)
     own = _own_captions(config, pipeline, source, mesh)
     weights = describe_weights(config, pipeline, tx, mesh)
@@ -239,8 +238,11 @@ def make_objective(config, pipeline, kernel, source, mesh) -> Objective:
     )
 
 
-def _check_texts(count: int, pipeline: Pipeline, what: str = "prompts") -> None:
-    """Refuses more texts than every device can hold the embeddings of."""
+def _encoded(
+    pipeline: Pipeline, texts: tuple[str, ...], mesh: Mesh, what: str = "prompts"
+) -> Cond:
+    """Embeddings on every device; more than that can hold are refused before."""
+    count = len(texts)
     each = sum(leaf.nbytes for leaf in jax.tree.leaves(pipeline.uncond))
     if count * each > TEXT_BYTES:
         raise UserError(
@@ -251,6 +253,7 @@ def _check_texts(count: int, pipeline: Pipeline, what: str = "prompts") -> None:
             if what == "prompts"
             else "a smaller data set, or data_term.captions 'prompt'",
         )
+    return put(pipeline.encode(texts), replicated(mesh))
 
 
 def _own_captions(config, pipeline: Pipeline, source, mesh: Mesh) -> Captions | None:
@@ -262,8 +265,7 @@ def _own_captions(config, pipeline: Pipeline, source, mesh: Mesh) -> Captions | 
     require_records(len(rows), config.data.heldout)
     table = None
     if source.cond is None:
-        _check_texts(len(unique), pipeline, "captions of the data")
-        table = put(pipeline.encode(unique), replicated(mesh))
+        table = _encoded(pipeline, unique, mesh, "captions of the data")
     return Captions(table, rows, len(rows) - config.data.heldout)
 
 
