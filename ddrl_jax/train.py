@@ -17,6 +17,7 @@ from ddrl_jax.learner import TrainState
 from ddrl_jax.metrics import ONLY_AT_END, Metrics, ProgressBar, Timer
 from ddrl_jax.metrics_file import continue_from
 from ddrl_jax.mfu import Utilization
+from ddrl_jax.models.attention import implementations
 from ddrl_jax.preemption import Preemption
 from ddrl_jax.profile import Epochs, Profile
 from ddrl_jax.program import Program, build
@@ -48,6 +49,8 @@ def train(config: Any, workdir: str, profile: Epochs | None = None) -> None:
         rewards = make_rewards(config.rewards)
         check_rewards(rewards)
         program = build(config, rewards)
+        if is_main():
+            print(attention_line(program), flush=True)
         checkpoints = Checkpoints(
             home.checkpoints, config.checkpoint.every, config.checkpoint.keep
         )
@@ -120,6 +123,24 @@ def run(
         checkpoints.wait()
         if is_main():
             say_goodbye(stop, epoch)
+
+
+def attention_line(program: Program) -> str:
+    """Says with which attention the network runs: what "auto" stood for here."""
+
+    def batch(shape: tuple[int, ...], dtype: Any = "float32") -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((program.chunk, *shape), dtype)
+
+    names = implementations(
+        program.objective.apply,
+        program.abstract_state().params,
+        program.frozen,
+        batch(program.pipeline.latent_shape),
+        batch(()),
+        jax.tree.map(lambda c: batch(c.shape[1:], c.dtype), program.cond_table),
+    )
+    backend = program.mesh.devices.flat[0].platform
+    return f"attention: {', '.join(names)} ({backend}, {program.config.model.dtype})"
 
 
 def say_goodbye(stop: Preemption, epoch: int) -> None:

@@ -1,8 +1,9 @@
 """Attention on (batch, length, heads, dim): by name, or by what is known of it."""
 
 import re
+from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +18,7 @@ from ddrl_jax.sharding import spec_for
 LONG = 2**22  # weights a head from which they are not all held at once
 SPLASH_FROM = 1024  # queries; below, the kernel's blocks are too few to pay
 OPAQUE = ("cudnn", "splash")  # XLA can not divide them over a mesh by itself
+SCOPE = "attention_"  # what a profile and a jaxpr call an attention, with its name
 
 
 class Call(NamedTuple):
@@ -138,7 +140,20 @@ def attention(
             wanted=reason[1],
             way_out='set config.model.attention to "auto"',
         )
-    return run(q, k, v, mask, mesh)
+    with jax.named_scope(SCOPE + impl):
+        return run(q, k, v, mask, mesh)
+
+
+def implementations(fn: Callable, *abstract_args: Any) -> tuple[str, ...]:
+    """The names under which a function's attention runs; it is only traced.
+
+    Args:
+      fn: traceable by JAX.
+      *abstract_args: arrays, or ShapeDtypeStructs in their place.
+    """
+    jaxpr = jax.make_jaxpr(fn)(*abstract_args).jaxpr
+    text = jaxpr.pretty_print(name_stack=True)
+    return tuple(sorted(set(re.findall(rf"\b{SCOPE}([a-z]+)", text))))
 
 
 def describe(q: Array, k: Array, mask: Array | None, mesh: Mesh | None) -> Call:
@@ -175,9 +190,9 @@ def _ulysses(q, k, v, mask, mesh: Mesh) -> Array:
     call = describe(q, k, mask, mesh)
     local = choose(call._replace(heads=call.heads // call.context, context=1))
     body = partial(ulysses, local=KERNELS[local])
-    return on_shards(
-        body, q, k, v, mask, mesh, split_keys=True, checked=local not in OPAQUE
-    )
+    checked = local not in OPAQUE
+    with jax.named_scope(SCOPE + local):
+        return on_shards(body, q, k, v, mask, mesh, split_keys=True, checked=checked)
 
 
 def _ring(q, k, v, mask, mesh: Mesh) -> Array:

@@ -2,13 +2,21 @@
 
 import re
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from configs.base import get_config
 from ddrl_jax.errors import UserError
-from ddrl_jax.models.attention import Call, attention, choose, describe, refusal
+from ddrl_jax.models.attention import (
+    Call,
+    attention,
+    choose,
+    describe,
+    implementations,
+    refusal,
+)
 from ddrl_jax.models.emoji import emoji_pipeline
 from ddrl_jax.sharding import AXES, make_mesh
 
@@ -122,6 +130,22 @@ def test_choices_by_hand(facts, expected):
     call = CPU._replace(**facts)
     assert choose(call) == expected
     assert refusal(expected, call) is None
+
+
+def test_a_function_tells_which_attention_it_runs():
+    @jax.jit
+    def mix(x):
+        body = lambda x, _: (attention(x, x, x, impl="auto"), None)  # noqa: E731
+        return attention(jax.lax.scan(body, x, length=2)[0], x[:, :2], x[:, :2])
+
+    long, short = (jax.ShapeDtypeStruct((1, n, 1, 4), "float32") for n in (3000, 30))
+    assert implementations(mix, long) == ("chunked", "xla")  # 9 million weights a head
+    assert implementations(mix, short) == ("xla",)
+    mesh = make_mesh(dict(zip(AXES, (1, 1, 1, 2), strict=True)))
+    spread = lambda x: attention(x, x, x, impl="auto", mesh=mesh)  # noqa: E731
+    assert implementations(spread, short) == ("ring",)  # 1 head
+    two = jax.ShapeDtypeStruct((1, 30, 2, 4), "float32")
+    assert implementations(spread, two) == ("ulysses", "xla")
 
 
 @pytest.mark.parametrize(
