@@ -5,8 +5,6 @@ picture has no seams at patch borders; the caption's words join the sequence and
 one vector, modulate every block (adaLN-zero).
 """
 
-from typing import Any, cast
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -15,8 +13,8 @@ from jaxtyping import Array, Bool, Float, Int
 
 from ddrl_jax.models.attention import attention
 from ddrl_jax.models.context_parallel import divided
-from ddrl_jax.models.layers import Dense, rms_norm, time_features, weight
-from ddrl_jax.models.remat import mark, remat
+from ddrl_jax.models.layers import Dense, modulate, rms_norm, time_features, weight
+from ddrl_jax.models.remat import mark, stack
 from ddrl_jax.sharding import constrain
 
 
@@ -83,9 +81,9 @@ class Block(nn.Module):
         shift1, scale1, gate1, shift2, scale2, gate2 = jnp.split(
             modulation[:, None, :], 6, -1
         )
-        h = rms_norm(x) * (1 + scale1) + shift1
+        h = modulate(x, shift1, scale1)
         x = place(x + gate1 * mark(self._mix(h, mask, lora), "attention"), self.mesh)
-        h = rms_norm(x) * (1 + scale2) + shift2
+        h = modulate(x, shift2, scale2)
         h = Dense(4 * d, ("embed", "mlp"), name="up", **lora)(h)
         h = Dense(d, ("mlp", "embed"), name="down", **lora)(jax.nn.relu(h) ** 2)
         return place(x + gate2 * mark(h, "mlp"), self.mesh), None
@@ -149,7 +147,7 @@ class DiT(nn.Module):
         x, mask = self._divide(x, words)
         x = self._blocks(x, c, mask)[:, :pixels]
         shift, scale = jnp.split(self._head(2 * self.width, "final", c)[:, None], 2, -1)
-        x = rms_norm(x) * (1 + scale) + shift
+        x = modulate(x, shift, scale)
         x = self._head(4 * self.patch**2 * z.shape[-1], "output", x)
         _, h, w, channels = z.shape
         return overlap_add(x.astype(jnp.float32), self.patch, (h, w, channels))
@@ -198,15 +196,7 @@ class DiT(nn.Module):
         return place(x, self.mesh), mask
 
     def _blocks(self, x: Array, c: Array, mask: Array | None) -> Array:
-        stack = nn.scan(
-            remat(Block, self.remat, scanned=True),
-            variable_axes={"params": 0, "lora": 0},
-            split_rngs={"params": True, "lora": True},
-            in_axes=cast(Any, (nn.broadcast,) * 2),  # Flax's annotation forgets it
-            length=self.depth,
-            metadata_params={nn.PARTITION_NAME: "layers"},
-        )
-        layer = stack(
+        layer = stack(Block, self.depth, self.remat, inputs=2)(
             *(self.heads, self.dtype, self.rank, self.alpha, self.impl, self.mesh),
             name="blocks",
         )

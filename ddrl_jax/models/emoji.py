@@ -8,18 +8,17 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 from jax.sharding import Mesh
-from jax.sharding import PartitionSpec as P
 from jax.tree_util import Partial
 from jaxtyping import Array, Float, Int, UInt8
 
 from ddrl_jax.errors import UserError
 from ddrl_jax.interfaces import Cond, Params, Pipeline
+from ddrl_jax.models.denoiser import make_denoiser
 from ddrl_jax.models.dit import PRECISE, DiT
 
 ASSETS = Path(__file__).parent.parent / "assets"
@@ -167,28 +166,15 @@ def emoji_pipeline(config, mesh: Mesh | None = None) -> Pipeline:
     )
     shape = (model.image_size, model.image_size, 3)
     example = (jnp.zeros((1, *shape)), jnp.zeros(1), jnp.zeros((1, LENGTH), jnp.int32))
-
-    def boxed_init(key: Array) -> Params:
-        params_key, lora_key = jax.random.split(key)
-        trees = network.init({"params": params_key, "lora": lora_key}, *example)
-        return {"params": trees["params"], "lora": trees.get("lora")}
-
-    def denoise(params, lora, z, time, cond) -> Any:
-        trees = {"params": params} | ({} if lora is None else {"lora": lora})
-        return network.apply(trees, z, time, cond.emb)
-
-    shapes = jax.eval_shape(boxed_init, jax.random.key(0))
-    axes = jax.tree.map(
-        tuple, nn.get_partition_spec(shapes), is_leaf=lambda s: isinstance(s, P)
-    )
-    load, fingerprint = _starting_weights(model.init, nn.meta.unbox(shapes)["params"])
+    made = make_denoiser(network, example)
+    load, fingerprint = _starting_weights(model.init, made.shapes["params"])
     return Pipeline(
         encode=lambda prompts: Cond(jnp.asarray(tokenize(prompts, vocabulary))),
         uncond=Cond(jnp.zeros((1, LENGTH), jnp.int32)),
-        init=lambda key: nn.meta.unbox(boxed_init(key)),
-        denoise=denoise,
+        init=made.init,
+        denoise=made.denoise,
         decode=Partial(decode),
-        axes=axes,
+        axes=made.axes,
         latent_shape=shape,
         prediction="velocity",
         load=load,

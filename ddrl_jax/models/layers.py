@@ -97,6 +97,13 @@ def rms_norm(x: Float[Array, "*b d"]) -> Float[Array, "*b d"]:
     return (wide * scale).astype(x.dtype)
 
 
+def modulate(
+    x: Float[Array, "b l d"], shift: Float[Array, "b _ d"], scale: Float[Array, "b _ d"]
+) -> Float[Array, "b l d"]:
+    """rms_norm(x) (1 + scale) + shift (Peebles 2023, adaLN)."""
+    return rms_norm(x) * (1 + scale) + shift
+
+
 def time_features(time: Float[Array, " b"], width: int) -> Float[Array, "b {width}"]:
     """cos and sin of 1000 time at geometric frequencies 1 .. 1/10000, float32."""
     half = width // 2

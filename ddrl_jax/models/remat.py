@@ -9,7 +9,7 @@
 | "full"    | its input                                   | all of it                  |
 """
 
-from typing import Any
+from typing import Any, cast
 
 import flax.linen as nn
 import jax
@@ -30,21 +30,46 @@ def mark(x: Array, name: str) -> Array:
     return checkpoint_name(x, name)
 
 
-def remat(block: Any, policy: str, *, scanned: bool = False) -> Any:
+def remat(block: Any, policy: str) -> Any:
     """The class of a block whose backward pass computes again what it did not keep.
 
     Args:
       block: a Flax module class.
       policy: one of POLICIES.
-      scanned: the block is the body of a scan, which keeps the compiler from merging
-        the second computation with the first.
 
     Raises:
       KeyError: an unknown policy.
     """
+    return _remat(block, policy, prevent_cse=True)
+
+
+def stack(block: Any, depth: int, policy: str, inputs: int) -> Any:
+    """The class of `depth` such blocks in a row, each with weights of its own, scanned.
+
+    Args:
+      block: a Flax module class, (x, *inputs) -> (x', None).
+      depth: number of blocks; the first axis of every weight.
+      policy: one of POLICIES.
+      inputs: how many further inputs all blocks share.
+
+    Raises:
+      KeyError: an unknown policy.
+    """
+    return nn.scan(
+        # A scan keeps the compiler from merging the second computation with the first.
+        _remat(block, policy, prevent_cse=False),
+        variable_axes={"params": 0, "lora": 0},
+        split_rngs={"params": True, "lora": True},
+        in_axes=cast(Any, (nn.broadcast,) * inputs),  # Flax's annotation forgets it
+        length=depth,
+        metadata_params={nn.PARTITION_NAME: "layers"},
+    )
+
+
+def _remat(block: Any, policy: str, prevent_cse: bool) -> Any:
     if policy == "none":
         return block
-    return nn.remat(block, prevent_cse=not scanned, policy=_policy(policy))
+    return nn.remat(block, prevent_cse=prevent_cse, policy=_policy(policy))
 
 
 def _policy(name: str) -> Any:

@@ -4,17 +4,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import flax.linen as nn
-import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
-from jax.sharding import PartitionSpec as P
-from jaxtyping import Array
 
 from ddrl_jax.errors import UserError
 from ddrl_jax.interfaces import Cond, Params, Pipeline
 from ddrl_jax.models.clip_tokenizer import clip_tokenize
 from ddrl_jax.models.convert import check_leaves, to_jax
+from ddrl_jax.models.denoiser import make_denoiser
 from ddrl_jax.models.folder import fingerprint, read_tensors
 from ddrl_jax.models.hub import resolve
 from ddrl_jax.models.latent_codec import make_decode, make_encode_images
@@ -126,25 +123,23 @@ def assemble(
     """
     shape = latent_shape(source, image_size)
     network = UNet2DConditionModel(source.unet, dtype, remat, rank, alpha, impl, mesh)
-    boxed_init, denoise = _denoiser(network, shape)
+    emb = jnp.zeros((1, 1, source.unet.cross_attention_dim))
+    made = make_denoiser(network, (jnp.zeros((1, *shape)), jnp.zeros(1), emb))
     encode, uncond = _text(source) if weights else _planned_text(source)
     vae = load_params(source, "vae") if weights else network_shapes("vae", source.vae)
-    shapes = jax.eval_shape(boxed_init, jax.random.key(0))
     components = [source.folder / name for name in COMPONENTS.values()]
     # Samples lie on all devices; what is encoded for a cache lies on one.
     on_all = vae_at_once * (1 if mesh is None else batch_shares(mesh))
     return Pipeline(
         encode=encode,
         uncond=uncond,
-        init=lambda key: nn.meta.unbox(boxed_init(key)),
-        denoise=denoise,
+        init=made.init,
+        denoise=made.denoise,
         decode=make_decode(source.vae, vae, vae_dtype, on_all),
-        axes=jax.tree.map(
-            tuple, nn.get_partition_spec(shapes), is_leaf=lambda s: isinstance(s, P)
-        ),
+        axes=made.axes,
         latent_shape=shape,
         prediction=source.prediction,
-        load=lambda: load_params(source, "unet", nn.meta.unbox(shapes)["params"]),
+        load=lambda: load_params(source, "unet", made.shapes["params"]),
         fingerprint=fingerprint(components, source.variant) if weights else "",
         encode_images=make_encode_images(source.vae, vae, vae_dtype, vae_at_once),
         precise=PRECISE,
@@ -167,25 +162,6 @@ def _planned_text(source: Source) -> tuple[Callable[..., Cond], Cond]:
         raise AssertionError("a plan has no text encoder")
 
     return encode, Cond(jnp.zeros(shape))
-
-
-def _denoiser(
-    network: UNet2DConditionModel, shape: tuple[int, int, int]
-) -> tuple[Callable[[Array], Params], Callable[..., Any]]:
-    """(key -> trees with their axes, the denoise of a Pipeline)."""
-    emb = jnp.zeros((1, 1, network.config.cross_attention_dim))
-    example = (jnp.zeros((1, *shape)), jnp.zeros(1), emb)
-
-    def boxed_init(key: Array) -> Params:
-        params_key, lora_key = jax.random.split(key)
-        trees = network.init({"params": params_key, "lora": lora_key}, *example)
-        return {"params": trees["params"], "lora": trees.get("lora")}
-
-    def denoise(params, lora, z, time, cond) -> Any:
-        trees = {"params": params} | ({} if lora is None else {"lora": lora})
-        return network.apply(trees, z, time, cond.emb)
-
-    return boxed_init, denoise
 
 
 def load_params(source: Source, name: str, shapes: Params | None = None) -> Params:

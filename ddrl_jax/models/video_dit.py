@@ -6,15 +6,13 @@ feed-forward layer, modulated by time (adaLN-zero, Peebles 2023, with one shared
 projection and a table a block, Chen 2023). Blocks are stacked and scanned.
 """
 
-from typing import Any, cast
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from ddrl_jax.models.layers import Dense, rms_norm, time_features, weight
-from ddrl_jax.models.remat import mark, remat
+from ddrl_jax.models.layers import Dense, modulate, rms_norm, time_features, weight
+from ddrl_jax.models.remat import mark, stack
 from ddrl_jax.models.video_layout import Layout
 
 TIME_FEATURES = 256
@@ -103,11 +101,11 @@ class VideoBlock(nn.Module):
         )
         rows = (modulation + table).astype(self.dtype)
         shift1, scale1, gate1, shift2, scale2, gate2 = jnp.split(rows, 6, axis=1)
-        h = rms_norm(x) * (1 + scale1) + shift1
+        h = modulate(x, shift1, scale1)
         mixed = mark(self._among_tokens(h, angles), "attention")
         x = place(x + gate1 * mixed)
         x = place(x + mark(self._to_prompt(rms_norm(x), words), "attention"))
-        h = rms_norm(x) * (1 + scale2) + shift2
+        h = modulate(x, shift2, scale2)
         h = self._dense(self.mlp, ("embed", "mlp"), "up")(h)
         h = self.layout.hidden(jax.nn.gelu(h))
         h = self._dense(x.shape[-1], ("mlp", "embed"), "down")(h)
@@ -186,7 +184,7 @@ class VideoDiT(nn.Module):
         x = self._blocks(x, words, modulation, angles)
         ends = self._head(2 * self.width, "final", vector, zero=True)[:, None]
         shift, scale = jnp.split(ends, 2, axis=-1)
-        x = rms_norm(x) * (1 + scale) + shift
+        x = modulate(x, shift, scale)
         x = self._head(self.patch**2 * c, "output", x, zero=True)
         return from_patches(x.astype(jnp.float32), self.patch, (f, h, w, c))
 
@@ -205,15 +203,7 @@ class VideoDiT(nn.Module):
         return vector, self.layout.samples(six.reshape(-1, 6, self.width))
 
     def _blocks(self, x: Array, words: Array, modulation: Array, angles: Array):
-        stack = nn.scan(
-            remat(VideoBlock, self.remat, scanned=True),
-            variable_axes={"params": 0, "lora": 0},
-            split_rngs={"params": True, "lora": True},
-            in_axes=cast(Any, (nn.broadcast,) * 3),  # Flax's annotation forgets it
-            length=self.depth,
-            metadata_params={nn.PARTITION_NAME: "layers"},
-        )
-        layer = stack(
+        layer = stack(VideoBlock, self.depth, self.remat, inputs=3)(
             self.heads, self.mlp, self.layout, self.dtype, self.rank, self.alpha,
             name="blocks",
         )  # fmt: skip

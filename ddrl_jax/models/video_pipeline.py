@@ -9,17 +9,15 @@ import zlib
 from collections.abc import Sequence
 from typing import Any
 
-import flax.linen as nn
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from jax.sharding import PartitionSpec as P
 from jax.tree_util import Partial
 from jaxtyping import Array, Float, UInt8
 
 from ddrl_jax.errors import UserError
-from ddrl_jax.interfaces import Cond, Params, Pipeline
+from ddrl_jax.interfaces import Cond, Pipeline
+from ddrl_jax.models.denoiser import make_denoiser
 from ddrl_jax.models.video_dit import PRECISE, VideoDiT
 from ddrl_jax.models.video_layout import Layout
 
@@ -46,44 +44,23 @@ def video_dit_pipeline(config: Any, mesh: Mesh | None = None) -> Pipeline:
     )
     shape = (video.frames, video.height, video.width, video.channels)
     words = (video.text_tokens, video.text_width)
-    boxed_init, denoise = _functions(network, model.patch, video)
-    shapes = jax.eval_shape(boxed_init, jax.random.key(0))
+    # No weight's shape depends on the size of the video, so the example is small.
+    z = jnp.zeros((1, 1, model.patch, model.patch, video.channels))
+    text = jnp.zeros((1, 1, video.text_width))
+    made = make_denoiser(network, (z, jnp.zeros(1), text))
     return Pipeline(
         encode=lambda prompts: Cond(jnp.asarray(word_vectors(prompts, *words))),
         uncond=Cond(jnp.zeros((1, *words), jnp.float32)),
-        init=lambda key: nn.meta.unbox(boxed_init(key)),
-        denoise=denoise,
+        init=made.init,
+        denoise=made.denoise,
         decode=Partial(first_frame),
-        axes=jax.tree.map(
-            tuple, nn.get_partition_spec(shapes), is_leaf=lambda s: isinstance(s, P)
-        ),
+        axes=made.axes,
         latent_shape=shape,
         prediction="velocity",
         load=lambda: _load(model.init),
         fingerprint="random",
         precise=PRECISE,
     )
-
-
-def _functions(network: VideoDiT, patch: int, video: Any):
-    """(key -> trees with their axes, the denoise of a Pipeline)."""
-    # No weight's shape depends on the size of the video, so the example is small.
-    example = (
-        jnp.zeros((1, 1, patch, patch, video.channels)),
-        jnp.zeros(1),
-        jnp.zeros((1, 1, video.text_width)),
-    )
-
-    def boxed_init(key: Array) -> Params:
-        params_key, lora_key = jax.random.split(key)
-        trees = network.init({"params": params_key, "lora": lora_key}, *example)
-        return {"params": trees["params"], "lora": trees.get("lora")}
-
-    def denoise(params, lora, z, time, cond) -> Any:
-        trees = {"params": params} | ({} if lora is None else {"lora": lora})
-        return network.apply(trees, z, time, cond.emb)
-
-    return boxed_init, denoise
 
 
 def word_vectors(
