@@ -130,7 +130,8 @@ def _rollout_gap(policy, chunks: list[Minibatch]) -> dict[str, float]:
     """
     if policy.old_log_prob != "recompute" or policy.term in WEIGHTED:
         return {}
-    gaps = [_gap(c.trajectory.log_prob, c.old_log_prob) for c in chunks]
+    pairs = [(c.trajectory, c.old_log_prob) for c in chunks]
+    gaps = [_gap(found.log_prob, old) for found, old in pairs if found is not None]
     return {"policy/rollout_gap": float(np.max(jax.device_get(gaps)))}
 
 

@@ -173,7 +173,8 @@ def policy_items(chunks: tuple[Minibatch, ...]) -> Items:
     """(transition, old log-prob, advantages, cond) for each (step, microbatch)."""
     batch, count = _stack(chunks), len(chunks)
     parts = (batch.trajectory, batch.old_log_prob, batch.advantages, batch.cond)
-    steps = chunks[0].old_log_prob.shape[0]
+    assert batch.old_log_prob is not None, "only collected chunks have a policy term"
+    steps = batch.old_log_prob.shape[1]  # [chunks steps b]
 
     def at(i):
         trajectory, old, advantages, cond = _pick(parts, i % count)

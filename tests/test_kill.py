@@ -23,6 +23,7 @@ FLAGS = (
     "--config.policy.transform=linear",
     f"--config.train.epochs={EPOCHS}",
     "--config.evaluate.every=4",
+    "--config.evaluate.solver=euler",  # its rollouts would count as training's
     "--config.log.tensorboard=False",
     "--config.log.progress=False",
 )
