@@ -31,7 +31,7 @@ def draw_chunks(
     inner: int,
     samples: np.ndarray | None = None,
 ) -> list[Minibatch]:
-    """The epoch's samples in chunks, a microbatch a device, without trajectories yet.
+    """The samples of a pass in chunks, a microbatch a device, without trajectories yet.
 
     Args:
       program: the run.
@@ -40,7 +40,7 @@ def draw_chunks(
       inner: pass over the epoch's samples; each draws other data and data noise.
       samples: which of the epoch's, by number; None is all of them.
     """
-    rows_of = _rows_of(program, prompts, samples)
+    rows_of = _rows_of(program, prompts, epoch, inner, samples)
     draw = epoch * program.config.train.inner_epochs + inner
     records, captions = draw_records(program, prompts.index, draw)
     source = program.objective.source  # None without a data term: nothing is read
@@ -60,13 +60,36 @@ def draw_chunks(
     return chunks
 
 
+def sample_order(config: Any, epoch: int, inner: int, count: int) -> np.ndarray:
+    """The order [count] in which a pass takes an epoch's samples, whatever the mesh.
+
+    The first pass takes them as they come, so that its microbatches are those of the
+    rollout and the ratio is exact; each later one has an order of its own.
+
+    Args:
+      config: the whole configuration.
+      epoch: from 0.
+      inner: pass over the samples, from 0.
+      count: of the samples.
+    """
+    if inner == 0 or config.train.minibatches == 1:  # one minibatch has no order
+        return np.arange(count, dtype=np.int32)
+    random = np.random.default_rng([config.seed, 5, epoch, inner])
+    return random.permutation(count).astype(np.int32)
+
+
 def _rows_of(
-    program: Program, prompts: Prompts, samples: np.ndarray | None
+    program: Program,
+    prompts: Prompts,
+    epoch: int,
+    inner: int,
+    samples: np.ndarray | None,
 ) -> np.ndarray:
     """Numbers [chunks b] of the samples of each chunk."""
     if samples is None:
         samples = np.arange(len(prompts.index), dtype=np.int32)
-    return samples.reshape(-1, program.chunk)
+    order = sample_order(program.config, epoch, inner, len(samples))
+    return samples[order].reshape(-1, program.chunk)
 
 
 def _next_batches(
@@ -81,10 +104,12 @@ def _next_batches(
         if epoch == train.epochs:
             return []
         prompts = prompts_of(program, epoch)
-    draw = epoch * train.inner_epochs + inner + 1
+    inner += 1
+    draw = epoch * train.inner_epochs + inner
     records, _ = draw_records(program, prompts.index, draw)
     held = held_rows(program.mesh, program.chunk)
-    return [records[rows][held] for rows in _rows_of(program, prompts, samples)]
+    rows_of = _rows_of(program, prompts, epoch, inner, samples)
+    return [records[rows][held] for rows in rows_of]
 
 
 def draw_records(

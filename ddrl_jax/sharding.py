@@ -219,6 +219,36 @@ def place_batch(mesh: Mesh, tree: Any, axis: int = 0) -> Any:
     return put(tree, NamedSharding(mesh, P(*(None,) * axis, BATCH)))
 
 
+def reordered(
+    mesh: Mesh, batches: Sequence[Any], order: np.ndarray, axis: int = 0
+) -> list[Any]:
+    """Puts the rows of equal batches in another order, across batches and devices.
+
+    One array at a time, and of it one batch at a time crosses the devices.
+
+    Args:
+      mesh: where the batches are.
+      batches: trees of arrays, split along `axis`.
+      order: [rows of all batches] of the row that comes to each place.
+      axis: of the rows.
+    """
+    if np.array_equal(order, np.arange(len(order))):
+        return list(batches)
+    parts = put(np.split(order, len(batches)), replicated(mesh))
+
+    def move(*arrays):
+        whole, place = jnp.concatenate(arrays, axis), arrays[0].sharding
+        take = lambda rows: jnp.take(whole, rows, axis, mode="clip")  # noqa: E731
+        return [jax.device_put(take(rows), place) for rows in parts]
+
+    leaves, structures = zip(*map(jax.tree.flatten, batches), strict=True)
+    moved = [move(*arrays) for arrays in zip(*leaves, strict=True)]
+    return [
+        jax.tree.unflatten(structure, [arrays[i] for arrays in moved])
+        for i, structure in enumerate(structures)
+    ]
+
+
 def held_rows(mesh: Mesh, count: int) -> np.ndarray:
     """Returns which rows of a batch the devices of this process hold."""
     sharding = NamedSharding(mesh, P(("data", "fsdp")))

@@ -10,7 +10,7 @@ from ddrl_jax.checkpoint import Checkpoints
 from ddrl_jax.collect import Collected, collect
 from ddrl_jax.config_rules import shared_settings
 from ddrl_jax.distributed import check_agreement, is_main
-from ddrl_jax.draws import draw_chunks
+from ddrl_jax.draws import draw_chunks, sample_order
 from ddrl_jax.evaluate import Evaluation
 from ddrl_jax.interfaces import Reward
 from ddrl_jax.learner import TrainState
@@ -26,6 +26,7 @@ from ddrl_jax.resume import samples_per_epoch, save, start
 from ddrl_jax.rewards.pool import RewardPool
 from ddrl_jax.rewards.registry import check_rewards, make_rewards
 from ddrl_jax.self_test import check_ratio
+from ddrl_jax.sharding import reordered
 from ddrl_jax.skipped import leaf_names, report_skipped
 from ddrl_jax.terms import WEIGHTED
 from ddrl_jax.workdir import Workdir, open_workdir
@@ -172,11 +173,7 @@ def check_epoch(
 def update_epoch(
     program: Program, state: TrainState, batch: Collected, epoch: int
 ) -> tuple[TrainState, dict[str, float | int]]:
-    """All optimizer steps of an epoch; one transfer of their metrics at its end.
-
-    The microbatches keep the samples of their rollout chunk, so that the ratio is
-    exact; the order of the chunks is drawn anew for each inner epoch.
-    """
+    """All optimizer steps of an epoch; one transfer of their metrics at its end."""
     config = program.config
     if config.optimizer.fresh:
         state = program.refresh(state)
@@ -226,16 +223,22 @@ def speeds(config: Any, values: dict, epoch: int) -> dict[str, float]:
 
 
 def _redraw(program: Program, batch: Collected, epoch: int, inner: int) -> list:
-    """The same rollouts with new data draws, in another order of chunks."""
+    """The same rollouts with new data draws, in the order of this pass."""
     fresh = draw_chunks(program, batch.prompts, epoch, inner, batch.samples)
-    chunks = [
-        old._replace(
-            data_keys=new.data_keys, records=new.records, data_cond=new.data_cond
+    count = len(fresh) * program.chunk
+    order = sample_order(program.config, epoch, inner, count)
+    by_step = [(chunk.trajectory, chunk.old_log_prob) for chunk in batch.chunks]
+    by_step = reordered(program.mesh, by_step, order, axis=1)
+    each = [(chunk.advantages, chunk.x0) for chunk in batch.chunks]
+    each = reordered(program.mesh, each, order)
+    return [
+        new._replace(
+            trajectory=trajectory, old_log_prob=old, advantages=advantages, x0=x0
         )
-        for old, new in zip(batch.chunks, fresh, strict=True)
+        for new, (trajectory, old), (advantages, x0) in zip(
+            fresh, by_step, each, strict=True
+        )
     ]
-    random = np.random.default_rng([program.config.seed, 5, epoch, inner])
-    return [chunks[i] for i in random.permutation(len(chunks))]
 
 
 def _summary(history: list[dict]) -> dict[str, float | int]:

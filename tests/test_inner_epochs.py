@@ -1,0 +1,109 @@
+"""Later passes over an epoch's samples: other minibatches, the same on any mesh."""
+
+import jax
+import numpy as np
+import pytest
+from edited_config import configured
+from tiny_runs import (
+    chunks_with_trajectories,
+    flat_source,
+    perturbed_state,
+    same_bits,
+    tiny_program,
+)
+
+from ddrl_jax.collect import Collected
+from ddrl_jax.draws import prompts_of, sample_order
+from ddrl_jax.objectives.advantages import PerPromptTracker
+from ddrl_jax.sharding import AXES, make_mesh, place_batch, reordered, to_host
+from ddrl_jax.train import update_epoch
+
+
+def test_the_first_pass_keeps_the_samples_and_each_later_one_has_its_order():
+    config = configured({"train.minibatches": 2, "train.inner_epochs": 3})
+    draws = [
+        sample_order(config, epoch, inner, 64) for epoch in (0, 1) for inner in range(3)
+    ]
+    assert all(sorted(order) == [*range(64)] for order in draws)
+    np.testing.assert_array_equal(draws[0], np.arange(64))
+    np.testing.assert_array_equal(draws[3], np.arange(64))
+    assert len({order.tobytes() for order in draws}) == 5
+    again = sample_order(config, 1, 2, 64)
+    np.testing.assert_array_equal(again, draws[5])
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+@pytest.mark.parametrize("sizes", [(1, 1, 1, 1), (8, 1, 1, 1), (2, 2, 2, 1)])
+def test_rows_change_places_across_batches_and_devices(axis, sizes):
+    mesh = make_mesh(dict(zip(AXES, sizes, strict=True)))
+    random = np.random.default_rng(0)
+    shape = (24, 5, 2) if axis == 0 else (5, 24, 2)
+    whole = random.normal(size=shape).astype(np.float32)
+    parts = [place_batch(mesh, a, axis) for a in np.split(whole, 3, axis)]
+    order = random.permutation(24).astype(np.int32)
+    found = reordered(mesh, [{"x": part, "no": None} for part in parts], order, axis)
+    for batch, part in zip(found, parts, strict=True):
+        assert batch["no"] is None and batch["x"].sharding == part.sharding
+    joined = np.concatenate([to_host(batch["x"]) for batch in found], axis)
+    np.testing.assert_array_equal(joined, whole.take(order, axis))
+
+
+def updates(devices: int):
+    """(minibatch of each update, weights after the last) of an epoch of two passes."""
+    edits = {
+        "mesh.data": devices,
+        "train.microbatch": 1,
+        "train.minibatches": 2,
+        "train.inner_epochs": 2,
+        "prompts.group_size": 8,
+        "data_term.weight": 0.5,
+    }
+    program, seen = tiny_program(edits, flat_source()), []
+    update = program.update
+
+    def recorded(state, frozen, reference, chunks):
+        rows = [
+            to_host(
+                chunk._replace(
+                    keys=jax.random.key_data(chunk.keys),
+                    data_keys=jax.random.key_data(chunk.data_keys),
+                    trajectory=jax.tree.map(
+                        lambda a: a.swapaxes(0, 1), chunk.trajectory
+                    ),
+                    old_log_prob=chunk.old_log_prob.T,
+                )
+            )
+            for chunk in chunks
+        ]
+        seen.append(jax.tree.map(lambda *a: np.concatenate(a), *rows))
+        return update(state, frozen, reference, chunks)
+
+    program = program._replace(update=recorded)
+    state, prompts = perturbed_state(program), prompts_of(program, 0)
+    chunks = chunks_with_trajectories(program, state, prompts)
+    put = lambda a: place_batch(program.mesh, np.asarray(a))  # noqa: E731
+    chunks = [c._replace(advantages=put(c.advantages)) for c in chunks]
+    batch = Collected(prompts, chunks, PerPromptTracker.init(4, 3), {})
+    state, _ = update_epoch(program, state, batch, 0)
+    return seen, to_host(state.params)
+
+
+@pytest.mark.slow
+def test_eight_devices_have_the_minibatches_of_one():
+    (alone, after), (found, other) = updates(1), updates(8)
+    assert len(alone) == len(found) == 4
+    for a, b in zip(alone, found, strict=True):
+        assert same_bits(a, b)
+    # The passes see the same samples, in other minibatches and with other data.
+    sets = [{key.tobytes() for key in minibatch.keys} for minibatch in alone]
+    assert sets[0] | sets[1] == sets[2] | sets[3] and len(sets[0] | sets[1]) == 16
+    assert sets[2] not in (sets[0], sets[1])
+    rollouts = [
+        {(m.keys[i].tobytes(), m.trajectory.x_s[i].tobytes()) for i in range(8)}
+        for m in alone
+    ]
+    assert rollouts[0] | rollouts[1] == rollouts[2] | rollouts[3]
+    data = [{key.tobytes() for key in minibatch.data_keys} for minibatch in alone]
+    assert not (data[0] | data[1]) & (data[2] | data[3])
+    for a, b in zip(jax.tree.leaves(after), jax.tree.leaves(other), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-6)
