@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from etils import epath
 
 from ddrl_jax import fingerprint, orbax_log
 from ddrl_jax.distributed import every, every_text, is_main
@@ -185,21 +186,17 @@ class Checkpoints:
         try:
             self.wait()
         finally:
-            self._close_manager()
-
-    def _close_manager(self) -> None:
-        if self._manager is not None:
-            self._manager.close()
-        self._manager = None
+            if self._manager is not None:
+                self._manager.close()
+            self._manager = None
 
     def _open(self) -> ocp.CheckpointManager:
+        assert not self.read_only, "it only reads"
         if self._manager is None:
             keep = ocp.checkpoint_managers.LatestN(self.keep)
             options = ocp.CheckpointManagerOptions(
                 preservation_policy=keep,
-                cleanup_tmp_directories=not self.read_only,
-                read_only=self.read_only,
-                create=not self.read_only,
+                cleanup_tmp_directories=True,
             )
             self._manager = ocp.CheckpointManager(self.root, options=options)
         return self._manager
@@ -241,11 +238,15 @@ class Checkpoints:
         return Restored(epoch, state, record["cursor"])
 
     def _read_state(self, epoch: int, abstract_state: Params) -> Params:
-        args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract_state))
+        # Not through the manager: it makes the processes meet after a restore, where one
+        # that could not read its part does not come.
+        handler = ocp.StandardCheckpointHandler()
+        args = ocp.args.StandardRestore(abstract_state)
+        path = epath.Path(self.root / str(epoch) / "state")
         quiet = orbax_log.hook_without_late_reads()
         hook, sys.unraisablehook = sys.unraisablehook, quiet
         try:
-            state = self._open().restore(epoch, args=args)["state"]
+            state = handler.restore(path, args=args)
         except Exception as error:  # Orbax and TensorStore raise many types
             orbax_log.drop_late_reads(self.root)
             raise _Damaged(orbax_log.first_line(error)) from None
@@ -286,7 +287,6 @@ class Checkpoints:
         if self.skipped:
             _tell(f"resuming from {self.root / str(used)}")
             every(np.zeros(1))  # nobody goes on before they are moved
-            self._close_manager()  # its list of epochs is out of date
 
     def _refuse_foreign_root(self) -> None:
         if not self.root.is_dir():
@@ -337,4 +337,5 @@ def _move_aside(path: Path) -> Path:
 
 
 def _tell(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
+    if is_main():
+        print(line, file=sys.stderr, flush=True)
