@@ -6,6 +6,7 @@ JSON record holds the cursor and, of every leaf, the shape, the dtype and a chec
 of the bytes: what is read back is what was written, or there is one error.
 """
 
+import json
 import os
 import re
 import shutil
@@ -143,7 +144,8 @@ class Checkpoints:
         """
         if which not in ("latest", "last_good"):
             raise ValueError(f"which is {which!r}, not latest or last_good")
-        epochs = self.epochs()
+        # Those that process 0 sees: a shared file system may show others an older list.
+        epochs = json.loads(every_text(json.dumps(self.epochs()))[0])
         if not epochs:
             self._refuse_foreign_root()
             return None
@@ -238,7 +240,7 @@ class Checkpoints:
         return Restored(epoch, state, record["cursor"])
 
     def _read_state(self, epoch: int, abstract_state: Params) -> Params:
-        # Not through the manager: it makes the processes meet after a restore, where one
+        # Not through the manager: after a restore it lets the processes meet, and one
         # that could not read its part does not come.
         handler = ocp.StandardCheckpointHandler()
         args = ocp.args.StandardRestore(abstract_state)
