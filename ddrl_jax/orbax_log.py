@@ -70,4 +70,6 @@ def is_write_fault(error: BaseException | None) -> bool:
 def first_line(error: object) -> str:
     """Returns what an exception says, without TensorStore's specification."""
     text = str(error).strip() or type(error).__name__
-    return text.splitlines()[0].split(" [tensorstore_spec")[0][:400]
+    return re.split(r" \[tensorstore_spec| See full TensorStore", text.splitlines()[0])[
+        0
+    ]

@@ -211,7 +211,7 @@ def test_damage_is_found_by_all_processes_and_they_go_on_from_the_same_epoch(tmp
     assert f"the checkpoint {tmp_path / '2'} is damaged" in wrong
     assert "the bytes of a are not those that were saved" in wrong
     assert f"the checkpoint {tmp_path / '3'} is damaged" in torn
-    assert "process 1: " in torn and "ocdbt.process_1" in torn
+    assert "process 1: " in torn and "bound method" not in torn
     assert sorted(p.name for p in (tmp_path / "damaged").iterdir()) == ["2", "3"]
     like = {"a": jnp.zeros(8000), "b": jnp.zeros(3), "c": jnp.zeros(8)}
     found = Checkpoints(tmp_path, 1, 9).restore(abstract(like))

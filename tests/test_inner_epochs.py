@@ -99,7 +99,7 @@ def test_eight_devices_have_the_minibatches_of_one():
     assert sets[0] | sets[1] == sets[2] | sets[3] and len(sets[0] | sets[1]) == 16
     assert sets[2] not in (sets[0], sets[1])
     rollouts = [
-        {(m.keys[i].tobytes(), m.trajectory.x_s[i].tobytes()) for i in range(8)}
+        {(m.keys[i].tobytes(), m.trajectory.states[i].tobytes()) for i in range(8)}
         for m in alone
     ]
     assert rollouts[0] | rollouts[1] == rollouts[2] | rollouts[3]
