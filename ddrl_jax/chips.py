@@ -29,6 +29,7 @@ class Chip(NamedTuple):
         1 where a switch gives the whole bandwidth to any pair.
       dcn_bandwidth: bytes/s of a host to other slices or hosts, one direction.
       chips_per_host: that share the host's network.
+      slice_chips: at most, behind the fast links: a TPU's slice, a host of GPUs.
       kinds: what JAX calls it, `device_kind`.
     """
 
@@ -40,6 +41,7 @@ class Chip(NamedTuple):
     ici_links: int
     dcn_bandwidth: float
     chips_per_host: int
+    slice_chips: int
     kinds: tuple[str, ...]
 
 
@@ -47,37 +49,39 @@ _GIB = 2.0**30
 _GBIT = 1e9 / 8  # bytes
 
 _TABLE = (
-    # "Bidirectional ICI bandwidth 400 GBps", 2D torus; "2 x 100 Gbps NIC" a host of 8
+    # "Bidirectional ICI bandwidth 400 GBps", 2D torus, pods of 256; "2 x 100 Gbps NIC"
+    # a host of 8
     Chip(
-        *("v5e", 197e12, 16e9, 819e9, 200e9, 4, 200 * _GBIT, 8),
+        *("v5e", 197e12, 16e9, 819e9, 200e9, 4, 200 * _GBIT, 8, 256),
         ("TPU v5 lite", "TPU v5e"),
     ),
-    # "1200 GBps" bidirectional, 3D torus; "DCN bandwidth per chip 50 Gbps", hosts of 4
+    # "1200 GBps" bidirectional, 3D torus, slices of up to 6,144 of a pod's 8,960; "DCN
+    # bandwidth per chip 50 Gbps", hosts of 4
     Chip(
-        *("v5p", 459e12, 95 * _GIB, 2765e9, 600e9, 6, 200 * _GBIT, 4),
+        *("v5p", 459e12, 95 * _GIB, 2765e9, 600e9, 6, 200 * _GBIT, 4, 6144),
         ("TPU v5", "TPU v5p"),
     ),
-    # "800 GBps" bidirectional, 2D torus; "4 x 200 Gbps NIC" a host of 8
+    # "800 GBps" bidirectional, 2D torus, pods of 256; "4 x 200 Gbps NIC" a host of 8
     Chip(
-        *("v6e", 918e12, 32e9, 1600e9, 400e9, 4, 800 * _GBIT, 8),
+        *("v6e", 918e12, 32e9, 1600e9, 400e9, 4, 800 * _GBIT, 8, 256),
         ("TPU v6 lite", "TPU v6e"),
     ),
     # NVLink 600 GB/s both ways; 8 x 200 Gb/s
     Chip(
-        *("A100-40", 312e12, 40e9, 1555e9, 300e9, 1, 1600 * _GBIT, 8),
+        *("A100-40", 312e12, 40e9, 1555e9, 300e9, 1, 1600 * _GBIT, 8, 8),
         ("NVIDIA A100-SXM4-40GB",),
     ),
     Chip(
-        *("A100-80", 312e12, 80e9, 2039e9, 300e9, 1, 1600 * _GBIT, 8),
+        *("A100-80", 312e12, 80e9, 2039e9, 300e9, 1, 1600 * _GBIT, 8, 8),
         ("NVIDIA A100-SXM4-80GB",),
     ),
     # NVLink 900 GB/s both ways; 8 x 400 Gb/s
     Chip(
-        *("H100", 989.4e12, 80e9, 3.35e12, 450e9, 1, 3200 * _GBIT, 8),
+        *("H100", 989.4e12, 80e9, 3.35e12, 450e9, 1, 3200 * _GBIT, 8, 8),
         ("NVIDIA H100 80GB HBM3",),
     ),
     Chip(
-        *("H200", 989.4e12, 141e9, 4.8e12, 450e9, 1, 3200 * _GBIT, 8),
+        *("H200", 989.4e12, 141e9, 4.8e12, 450e9, 1, 3200 * _GBIT, 8, 8),
         ("NVIDIA H200",),
     ),
 )

@@ -22,7 +22,7 @@ MODES = {
     "compare": "one table and figure of WORKDIR/ARM/seed_N; needs no --config",
 }
 PLACE = ("distributed.coordinator", "distributed.processes", "distributed.process")
-PLAN = ("plan.devices", "plan.chip", "plan.efficiency", "plan.suggest")
+PLAN = ("plan.devices", "plan.chip", "plan.efficiency", "plan.suggest", "plan.slices")
 
 
 class Command(NamedTuple):
@@ -52,6 +52,7 @@ def help_text() -> str:
         "--mode=plan:\n"
         "  --plan.devices=N --plan.chip=NAME   v5e, v5p, v6e, A100, H100 or H200\n"
         "  --plan.efficiency=0.4     share of the peak FLOP/s that products reach\n"
+        "  --plan.slices=0           joined by the hosts' network; 0: as few as fit\n"
         "  --plan.suggest=true       search the smallest mesh that fits"
     )
 

@@ -19,6 +19,7 @@ from ddrl_jax.interfaces import Params, Pipeline
 from ddrl_jax.learner import TrainState, init_state
 from ddrl_jax.sharding import (
     AXES,
+    Rules,
     params_shardings,
     put,
     replicated,
@@ -83,11 +84,9 @@ class Weights(NamedTuple):
         config.rollout.layout "train" passes them on; another one makes a copy at each
         call, once an epoch, which lives as long as the rollout does.
         """
-        layout, dtype = self.config.rollout.layout, self.config.rollout.dtype
-        if layout == "train" and dtype == "float32":
+        dtype, rules = self.config.rollout.dtype, rollout_rules(self.config)
+        if rules is None:
             return lambda params, frozen: (params, frozen)
-        axes = {"replicated": AXES, "tensor": ("fsdp",), "train": ()}[layout]
-        rules = without(table(self.config.sharding), *axes)
 
         def copier(part: str):
             names, shapes = self.pipeline.axes[part], self.shapes[part]
@@ -98,6 +97,15 @@ class Weights(NamedTuple):
         copy = copier(self.trained)
         still = copier("params") if self.trained == "lora" else lambda nothing: nothing
         return lambda params, frozen: (copy(params), still(frozen))
+
+
+def rollout_rules(config: Any) -> Rules | None:
+    """The table that lays out the rollout's own copy of the weights; None: no copy."""
+    layout, dtype = config.rollout.layout, config.rollout.dtype
+    if layout == "train" and dtype == "float32":
+        return None
+    axes = {"replicated": AXES, "tensor": ("fsdp",), "train": ()}[layout]
+    return without(table(config.sharding), *axes)
 
 
 def describe_weights(

@@ -14,7 +14,9 @@ from ddrl_jax.draws import draw_chunks, prompts_of
 from ddrl_jax.errors import UserError
 from ddrl_jax.flops import Count, count
 from ddrl_jax.models.stable_diffusion import TINY
+from ddrl_jax.plan import search
 from ddrl_jax.plan.hlo import Collective
+from ddrl_jax.plan.links import lay
 from ddrl_jax.plan.lowered import (
     Compiled,
     Phase,
@@ -22,8 +24,9 @@ from ddrl_jax.plan.lowered import (
     compile_phase,
     describe,
 )
-from ddrl_jax.plan.roofline import bandwidth, bounds, sent
-from ddrl_jax.plan.search import Scaling, fits, meshes, suggest
+from ddrl_jax.plan.memory import fits, resident
+from ddrl_jax.plan.roofline import bounds, sent
+from ddrl_jax.plan.search import Shown, meshes, suggest
 from ddrl_jax.program import build
 from ddrl_jax.sharding import make_mesh
 
@@ -82,7 +85,7 @@ def test_the_compiler_sees_the_same_arguments(planned):
 
 def test_weights_of_another_mesh(planned):
     run, compiled = planned
-    scaling = Scaling(run, compiled[-1])
+    scaling = Shown(run, compiled)
     for mesh in ({"data": 8}, {"fsdp": 8}, {"tensor": 2, "context": 2, "fsdp": 2}):
         other = describe(tiny(**mesh))
         found = scaling.weights(ONE | mesh)
@@ -178,16 +181,16 @@ def made(name="update", arguments=0, flops=0, dot_bytes=0, collectives=()):
 
 
 def test_bounds_by_hand():
-    chip, mesh = CHIPS["v5p"], ONE | {"fsdp": 4}
+    links = lay(CHIPS["v5p"], ONE | {"fsdp": 4})
     gather = Collective("all-gather", ("fsdp",), 2, 3e9, True, "")
     found = made(arguments=10, flops=8e15, dot_bytes=4e12, collectives=[gather])
     options = {"efficiency": 0.5, "dtype": "float32", "weights": 1000, "items": 3}
-    b = bounds(found, mesh, chip, **options)
+    b = bounds(found, links, **options)
     assert b.flops == pytest.approx(2e15 / (459e12 / 2))
     assert b.memory == pytest.approx((1e12 + 4 * 3 * 1000 + 20) / 2765e9)
     assert b.links == {("fsdp",): pytest.approx(3e9 / 200e9)}  # 2 of 6 links
     assert b.term == "compute" and b.seconds == b.flops
-    slow = bounds(found._replace(count=Count()), mesh, chip, **options)
+    slow = bounds(found._replace(count=Count()), links, **options)
     assert slow.term == "fsdp" and slow.seconds == pytest.approx(0.015)
 
 
@@ -195,14 +198,9 @@ def test_what_a_cpu_widened_is_halved():
     loop = Collective("all-gather", ("fsdp",), 40, 8e9, True, "")
     once = Collective("all-reduce", ("fsdp",), 1, 1e9, True, "")
     found = made(collectives=[loop, once])
-    assert sent(found, "bfloat16") == {("fsdp",): 5e9}
-    assert sent(found, "float32") == {("fsdp",): 9e9}
-
-
-def test_groups_beyond_a_host_of_gpus_use_its_network():
-    chip, mesh = CHIPS["H100"], {"data": 2, "fsdp": 4, "tensor": 2, "context": 1}
-    assert bandwidth(("fsdp",), mesh, chip) == chip.ici_bandwidth
-    assert bandwidth(("data",), mesh, chip) == chip.dcn_bandwidth / 8
+    gathered, reduced = (("fsdp",), "all-gather"), (("fsdp",), "all-reduce")
+    assert sent(found, "bfloat16") == {gathered: 4e9, reduced: 1e9}
+    assert sent(found, "float32") == {gathered: 8e9, reduced: 1e9}
 
 
 # ---- the search
@@ -215,13 +213,44 @@ def test_meshes_are_all_factorisations():
     assert all(math.prod(m.values()) == 12 for m in found)
 
 
+def with_memory(size: float):
+    return CHIPS["v5p"]._replace(hbm_bytes=size)
+
+
 def test_the_suggestion_is_compiled_and_small(planned):
+    """With room for anything one device does, and nothing is computed again."""
     run, compiled = planned
-    peak = float(compiled[-1].peak)
-    found = suggest(run, compiled[-1], 8, 4 * peak)
-    assert found is not None and fits(found.peak, 4 * peak)
-    assert math.prod(found.mesh.values()) < 8 and found.compilations >= 1
-    assert suggest(run, compiled[-1], 8, peak / 1000) is None
+    shown = Shown(run, compiled)
+    chip = with_memory(20.0 * shown.peak)
+    found = suggest(shown, 8, chip)
+    assert found is not None and fits(found.peak, chip)
+    assert found.mesh == ONE and found.remat == "none" and found.compilations == 7
+    assert suggest(shown, 8, with_memory(shown.peak / 1000)) is None
+
+
+def test_little_memory_means_more_devices_and_full_remat(monkeypatch, planned):
+    """One device does not hold it; two do, but not what another policy would keep."""
+    run, compiled = planned
+    compilations = []
+
+    def compile_less(phase, mesh):
+        compilations.append(phase.name)
+        remat = made_for[-1]
+        size = {"full": 0, "named": alone}[remat] if phase.name == "update" else 0
+        return made(phase.name)._replace(phase=phase, temporaries=int(size))
+
+    made_for, real = [], search.described
+    monkeypatch.setattr(search, "compile_phase", compile_less)
+    monkeypatch.setattr(
+        search, "described", lambda *a: (made_for.append(a[-1]), real(*a))[1]
+    )
+    alone = sum(resident(describe(tiny())).values())
+    bare = [found._replace(temporaries=0) for found in compiled]
+    shown = Shown(run, bare)
+    found = suggest(shown, 8, with_memory(alone))
+    assert found is not None and math.prod(found.mesh.values()) == 2
+    assert found.remat == "full" and made_for == ["full", "full", "named"]
+    assert compilations == ["rollout", "update"] * 2 + ["update"]
 
 
 # ---- the mode

@@ -9,10 +9,12 @@ import jax
 from ddrl_jax.check_config import check_shapes
 from ddrl_jax.chips import Chip, chip_named
 from ddrl_jax.errors import UserError
+from ddrl_jax.plan.links import lay
 from ddrl_jax.plan.lowered import compile_phase, describe
 from ddrl_jax.plan.roofline import EFFICIENCY
-from ddrl_jax.plan.search import suggest
+from ddrl_jax.plan.search import Shown, suggest
 from ddrl_jax.plan.sheet import sheet, suggestion_line
+from ddrl_jax.sharding import AXES
 
 
 class Settings(NamedTuple):
@@ -22,6 +24,7 @@ class Settings(NamedTuple):
     chip: Chip
     efficiency: float
     suggest: bool
+    slices: int  # 0: as few as the chip allows
 
 
 def plan_mode(config: Any, flags: Mapping[str, str | None]) -> None:
@@ -30,7 +33,8 @@ def plan_mode(config: Any, flags: Mapping[str, str | None]) -> None:
     Args:
       config: the whole configuration; of a diffusers model only the JSON is
         read.
-      flags: "devices", "chip", "efficiency" and "suggest" as on the command line.
+      flags: "devices", "chip", "efficiency", "suggest" and "slices" as on the command
+        line.
 
     Raises:
       UserError: a flag that is missing or wrong, a mesh that does not fit the devices.
@@ -39,13 +43,13 @@ def plan_mode(config: Any, flags: Mapping[str, str | None]) -> None:
     check_shapes(config, settings.devices)
     placeholders(settings.devices)
     config = _whole_mesh(config, settings.devices)
+    links = lay(settings.chip, {a: config.mesh[a] for a in AXES}, settings.slices)
     plan = describe(config)
     compiled = [compile_phase(phase, plan.mesh) for phase in plan.phases]
-    print(sheet(plan, compiled, settings.chip, settings.efficiency), flush=True)
+    print(sheet(plan, compiled, links, settings.efficiency), flush=True)
     if settings.suggest:
-        memory = settings.chip.hbm_bytes
-        found = suggest(plan, compiled[-1], settings.devices, memory)
-        print(suggestion_line(found, memory), flush=True)
+        found = suggest(Shown(plan, compiled), settings.devices, settings.chip)
+        print(suggestion_line(found, settings.chip), flush=True)
 
 
 def read(flags: Mapping[str, str | None]) -> Settings:
@@ -68,10 +72,15 @@ def read(flags: Mapping[str, str | None]) -> Settings:
     wanted = flags.get("suggest") or "true"
     if wanted not in ("true", "false"):
         raise _wrong("suggest", wanted, "true or false")
-    if devices < 1 or not 0 < efficiency <= 1:
-        name = "devices" if devices < 1 else "efficiency"
-        raise _wrong(name, flags[name], "devices >= 1, and an efficiency in (0, 1]")
-    return Settings(devices, chip, efficiency, wanted == "true")
+    slices = _number(flags, "slices", int, "a whole number >= 1", 0)
+    for name, right, range_ in (
+        ("devices", devices >= 1, "at least 1"),
+        ("efficiency", 0 < efficiency <= 1, "a share in (0, 1]"),
+        ("slices", slices >= 0, "at least 1, or 0 for as few as the chip allows"),
+    ):
+        if not right:
+            raise _wrong(name, flags[name], range_)
+    return Settings(devices, chip, efficiency, wanted == "true", slices)
 
 
 def _number(flags, name: str, kind: type, wanted: str, default: Any = None) -> Any:

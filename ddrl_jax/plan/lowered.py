@@ -32,9 +32,9 @@ from ddrl_jax.program import (
     total_updates,
 )
 from ddrl_jax.rollout import step_times, stored_states
-from ddrl_jax.sharding import AXES, BATCH, make_mesh, params_shardings, table, without
+from ddrl_jax.sharding import BATCH, make_mesh, params_shardings
 from ddrl_jax.terms import WEIGHTED
-from ddrl_jax.weights import Weights, describe_weights
+from ddrl_jax.weights import Weights, describe_weights, rollout_rules
 
 # Pipelines whose weights are shapes.
 PLANNED = PIPELINES | {"stable_diffusion": planned_pipeline}
@@ -92,11 +92,6 @@ class Compiled(NamedTuple):
     collectives: list[Collective]
     seconds: float
 
-    @property
-    def peak(self) -> int:
-        """All of it at once."""
-        return self.arguments + self.outputs + self.temporaries
-
 
 def describe(config: Any) -> Abstract:
     """The phases of a configuration whose mesh has no -1.
@@ -145,16 +140,14 @@ def describe(config: Any) -> Abstract:
 def _rollout_weights(weights: Weights, frozen: Any) -> tuple[Any, Any]:
     """(trained, frozen) as config.rollout lays them out."""
     state: TrainState = weights.abstract
-    settings = weights.config.rollout
-    if settings.layout == "train" and settings.dtype == "float32":
+    rules = rollout_rules(weights.config)
+    if rules is None:
         return state.params, frozen
-    axes = {"replicated": AXES, "tensor": ("fsdp",), "train": ()}[settings.layout]
-    rules = without(table(weights.config.sharding), *axes)
 
     def copy(part: str) -> Any:
         names, shapes = weights.pipeline.axes[part], weights.shapes[part]
         places = params_shardings(names, shapes, weights.mesh, rules)
-        return _shaped(shapes, places, settings.dtype)
+        return _shaped(shapes, places, weights.config.rollout.dtype)
 
     trained = copy(weights.trained)
     return trained, copy("params") if weights.trained == "lora" else frozen

@@ -11,7 +11,7 @@ import math
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from ddrl_jax.chips import Chip
+from ddrl_jax.plan.links import Links
 from ddrl_jax.plan.lowered import Compiled
 
 EFFICIENCY = 0.4  # of the peak: published runs of such networks reach 0.3 to 0.55
@@ -38,33 +38,18 @@ class Bounds(NamedTuple):
         return max(self.flops, self.memory, *self.links.values(), 0.0)
 
 
-def sent(found: Compiled, dtype: str) -> dict[tuple[str, ...], float]:
-    """Bytes a device sends along each set of axes, in one call of a phase.
+def sent(found: Compiled, dtype: str) -> dict[tuple[tuple[str, ...], str], float]:
+    """Bytes a device sends along each set of axes by each kind of collective.
 
     The CPU compiler has no bfloat16 arithmetic: it widens what a bfloat16 network
     sends in its loops to float32. An accelerator sends half of that.
     """
-    total: dict[tuple[str, ...], float] = {}
+    total: dict[tuple[tuple[str, ...], str], float] = {}
     for c in found.collectives:
         narrow = dtype == "bfloat16" and c.wide and c.count > 1
-        total[c.axes] = total.get(c.axes, 0.0) + c.bytes / (2 if narrow else 1)
+        bytes_sent = c.bytes / (2 if narrow else 1)
+        total[c.axes, c.kind] = total.get((c.axes, c.kind), 0.0) + bytes_sent
     return total
-
-
-def bandwidth(axes: tuple[str, ...], mesh: Mapping[str, int], chip: Chip) -> float:
-    """Bytes/s that a device can send along mesh axes, neighbours first.
-
-    An axis of a torus has a link each way; a switch gives a device all it has. Groups
-    that do not fit into the chips behind one switch go over the hosts' network.
-    """
-    if chip.ici_links > 1:
-        ways = 2 * min(len(axes), chip.ici_links // 2)
-        return chip.ici_bandwidth * ways / chip.ici_links
-    names = list(mesh)
-    inner = names[min(names.index(a) for a in axes) :]  # from the outermost axis on
-    if math.prod(mesh[a] for a in inner) <= chip.chips_per_host:
-        return chip.ici_bandwidth
-    return chip.dcn_bandwidth / chip.chips_per_host
 
 
 def moved(found: Compiled, mesh: Mapping[str, int], weights: int, items: int) -> float:
@@ -88,8 +73,7 @@ def moved(found: Compiled, mesh: Mapping[str, int], weights: int, items: int) ->
 
 def bounds(
     found: Compiled,
-    mesh: Mapping[str, int],
-    chip: Chip,
+    links: Links,
     *,
     efficiency: float,
     dtype: str,
@@ -100,17 +84,16 @@ def bounds(
 
     Args:
       found: the phase.
-      mesh: axis -> size.
-      chip: whose peaks bound it.
+      links: the mesh on the chips whose peaks bound it.
       efficiency: share of the peak FLOP/s that products are taken to reach.
       dtype: of the network's products.
       weights: bytes of the network in that dtype.
       items: calls of the network.
     """
-    each = found.count.flops / math.prod(mesh.values())
-    links = {
-        axes: size / bandwidth(axes, mesh, chip)
-        for axes, size in sent(found, dtype).items()
-    }
-    memory = moved(found, mesh, weights, items) / chip.hbm_bandwidth
-    return Bounds(each / (chip.flops * efficiency), memory, links)
+    chip, seconds = links.chip, dict[tuple[str, ...], float]()
+    each = found.count.flops / math.prod(links.mesh.values())
+    for (axes, kind), size in sent(found, dtype).items():
+        took = size / links.bandwidth(axes, kind)
+        seconds[axes] = seconds.get(axes, 0.0) + took
+    memory = moved(found, links.mesh, weights, items) / chip.hbm_bandwidth
+    return Bounds(each / (chip.flops * efficiency), memory, seconds)

@@ -1,9 +1,9 @@
-"""The smallest mesh on which a run fits, guessed from one compiled plan and then shown.
+"""The smallest mesh and the cheapest remat on which a run fits, guessed and then shown.
 
 Weights, optimizer and gradients of another mesh follow from the sharding table exactly.
-Temporaries beyond gradients are activations; they are taken from the compiled plan and
+Temporaries beyond gradients are activations; they are taken from a compiled plan and
 scaled by the share of the tokens that a device has. A guess is only suggested after its
-update has been compiled.
+rollout and update have been compiled.
 """
 
 import math
@@ -13,23 +13,30 @@ from typing import Any, NamedTuple
 import jax
 from jax.sharding import AbstractMesh
 
-from ddrl_jax.config_rules import RULES
-from ddrl_jax.plan.lowered import (
-    Abstract,
-    Compiled,
-    bytes_per_device,
-    compile_phase,
-    describe,
-)
-from ddrl_jax.sharding import AXES, spec_for, table
+from ddrl_jax.chips import Chip
+from ddrl_jax.errors import UserError
+from ddrl_jax.plan.links import lay
+from ddrl_jax.plan.lowered import Abstract, Compiled, compile_phase, describe
+from ddrl_jax.plan.memory import fits, own, peak, resident
+from ddrl_jax.sharding import AXES, Rules, spec_for, table
+from ddrl_jax.weights import rollout_rules
 
-FASTER = ("none", "dots")  # remat policies from the fastest on
-TRIES = 4  # compilations, at most, until a guess has been shown to fit
-MARGIN = 0.92  # of the memory: the rest is the runtime's, and fragments
+TRIES = 4  # meshes compiled, at most
+LEAST = "full"  # the remat policy that keeps least
+# From what keeps more than LEAST, and computes less again, to what keeps everything.
+FASTER = ("named", "dots", "none")
+# "offload" is not tried: for a CPU it compiles to what "named" is.
 
 
 class Suggestion(NamedTuple):
-    """A mesh whose update was compiled and fits."""
+    """A mesh and a policy whose phases were compiled and fit.
+
+    Attributes:
+      mesh: axis -> size.
+      remat: the policy that computes least again, of those that fit.
+      peak: bytes a device.
+      compilations: phases compiled in the search.
+    """
 
     mesh: dict[str, int]
     remat: str
@@ -50,86 +57,121 @@ def _divisors(n: int) -> list[int]:
     return [k for k in range(1, n + 1) if n % k == 0]
 
 
-def fits(peak: float | int, memory: float) -> bool:
-    """Whether a program of this peak fits into a device's memory."""
-    return peak <= MARGIN * memory
-
-
-def suitable(config: Any, mesh: dict[str, int]) -> bool:
-    """Whether heads and samples divide over a mesh."""
+def suitable(config: Any, mesh: dict[str, int], chip: Chip) -> bool:
+    """Whether samples, heads and slices divide over a mesh."""
     shares = mesh["data"] * mesh["fsdp"]
     minibatch = config.prompts.per_epoch * config.prompts.group_size
     minibatch //= config.train.minibatches
-    if minibatch % shares or config.model.name != "video_dit":
-        return minibatch % shares == 0
-    return config.model.heads % (mesh["tensor"] * mesh["context"]) == 0
+    ways = mesh["tensor"] * mesh["context"]
+    if config.model.name == "video_dit" and config.model.heads % ways:
+        return False
+    if minibatch % shares:
+        return False
+    try:
+        lay(chip, mesh)
+    except UserError:
+        return False
+    return True
 
 
-class Scaling(NamedTuple):
-    """What the update of a compiled plan needs, in parts that scale by known laws."""
+class Shown(NamedTuple):
+    """A plan with both phases compiled; on another mesh its parts scale by known laws.
+
+    Attributes:
+      plan: the run.
+      compiled: its phases, the update last.
+    """
 
     plan: Abstract
-    base: Compiled
+    compiled: list[Compiled]
+
+    @property
+    def peak(self) -> int:
+        """Bytes a device, of the phase that needs most."""
+        return max(peak(self.plan, found) for found in self.compiled)
 
     def weights(self, mesh: dict[str, int]) -> float:
-        """Bytes a device of what is trained, once."""
+        """Bytes a device of what is trained, once, on another mesh."""
         return self._tree(self.plan.weights.trained, mesh)
 
-    def _tree(self, part: str, mesh: dict[str, int]) -> float:
+    def _tree(self, part: str, mesh: dict[str, int], rules: Rules | None = None):
         weights = self.plan.weights
         sizes: Any = AbstractMesh(tuple(mesh.values()), tuple(mesh))
-        rules, total = table(self.plan.config.sharding), 0.0
+        rules = table(self.plan.config.sharding) if rules is None else rules
         shapes = jax.tree.leaves(weights.shapes[part])
         names = jax.tree.leaves(
             weights.pipeline.axes[part], is_leaf=lambda a: isinstance(a, tuple)
         )
+        total = 0.0
         for leaf, axes in zip(shapes, names, strict=True):
             spec = spec_for(axes, leaf.shape, sizes, rules)
             used = jax.tree.leaves(tuple(spec))
             total += leaf.size * leaf.dtype.itemsize / math.prod(mesh[a] for a in used)
         return total
 
-    def peak(self, mesh: dict[str, int]) -> float:
-        """Bytes a device of the update on another mesh, with the same remat."""
+    def guess(self, mesh: dict[str, int]) -> float:
+        """Peak in bytes a device on another mesh, with the same remat."""
         plan, here = self.plan, dict(self.plan.mesh.shape)
         trained = [self.weights(m) for m in (here, mesh)]
-        state = bytes_per_device(plan.weights.abstract) / trained[0] * trained[1]
-        frozen = self._tree("params", mesh) if plan.config.lora.rank else 0.0
         shares = [m["data"] * m["fsdp"] for m in (here, mesh)]
-        kept = plan.chunks * bytes_per_device(plan.chunk) * shares[0] / shares[1]
+        rows = resident(plan)
+        stays = rows["prompt embeddings"] + rows["autoencoder"]
+        for name in ("parameters", "reference policy", "optimizer"):
+            stays += rows[name] / trained[0] * trained[1]
+        stays += rows["average of the weights"] / trained[0] * trained[1]
+        stays += self._tree("params", mesh) if plan.config.lora.rank else 0.0
+        stays += rows["trajectories of the epoch"] * shares[0] / shares[1]
+        tokens = here["context"] / mesh["context"]
+        rollout = [self._rollout(found, mesh, tokens) for found in self.compiled[:-1]]
         # The sum of the gradients, and those of one microbatch.
-        activations = max(self.base.temporaries - 2 * trained[0], 0)
-        activations *= here["context"] / mesh["context"]
-        return state + frozen + kept + 2 * trained[1] + activations
+        activations = max(self.compiled[-1].temporaries - 2 * trained[0], 0)
+        return stays + max(2 * trained[1] + activations * tokens, *rollout, 0.0)
+
+    def _rollout(self, found: Compiled, mesh: dict[str, int], tokens: float) -> float:
+        """Its own part on another mesh."""
+        here, rules = dict(self.plan.mesh.shape), rollout_rules(self.plan.config)
+        copy, results, temporaries = own(self.plan, found).values()
+        if rules is not None:
+            parts = dict.fromkeys((self.plan.weights.trained, "params"))
+            sizes = [sum(self._tree(p, m, rules) for p in parts) for m in (here, mesh)]
+            copy *= sizes[1] / sizes[0]
+        return copy + results + temporaries * tokens
 
 
-def suggest(
-    plan: Abstract, base: Compiled, devices: int, memory: float
-) -> Suggestion | None:
+def suggest(shown: Shown, devices: int, chip: Chip) -> Suggestion | None:
     """Searches device counts from the smallest; compiles what may fit.
 
     Args:
-      plan: the run as configured.
-      base: its compiled update.
+      shown: the run as configured, compiled.
       devices: that there are, at most.
-      memory: bytes of a device.
+      chip: whose memory it has to fit in.
 
     Returns:
       None where nothing was shown to fit.
     """
-    scaling, tried, small = Scaling(plan, base), 0, 1
-    while tried < TRIES:
-        mesh = _smallest(scaling, small, devices, memory)
+    known, tried = shown, 0
+    if shown.plan.config.model.remat != LEAST:
+        known, tried = _compiled(shown.plan, dict(shown.plan.mesh.shape), LEAST), 2
+    best: Shown | None = None
+    counts = _divisors(devices)
+    for _ in range(TRIES):
+        mesh = _smallest(known, counts, chip)
         if mesh is None:
-            return None
-        other = described(plan.config, mesh, plan.config.model.remat)
-        found = compile_phase(other.phases[-1], other.mesh)
-        tried += 1
-        if fits(found.peak, memory):
-            return _faster(other, mesh, found.peak, memory, tried)
-        # What did not fit is the better start for the next guess.
-        scaling, small = Scaling(other, found), math.prod(mesh.values())
-    return None
+            break
+        # What was compiled last is the better start for the next guess.
+        known, tried = _compiled(known.plan, mesh, LEAST), tried + 2
+        if fits(known.peak, chip):
+            best = known
+            counts = [n for n in counts if n < known.plan.mesh.size]
+        else:
+            counts = [n for n in counts if n >= known.plan.mesh.size]
+    return None if best is None else _faster(best, tried, chip)
+
+
+def _compiled(plan: Abstract, mesh: dict[str, int], remat: str) -> Shown:
+    """The run on another mesh with another policy, both phases compiled."""
+    plan = described(plan.config, mesh, remat)
+    return Shown(plan, [compile_phase(phase, plan.mesh) for phase in plan.phases])
 
 
 def described(config: Any, mesh: dict[str, int], remat: str) -> Abstract:
@@ -140,15 +182,13 @@ def described(config: Any, mesh: dict[str, int], remat: str) -> Abstract:
     return describe(config)
 
 
-def _smallest(
-    scaling: Scaling, least: int, devices: int, memory: float
-) -> dict[str, int] | None:
+def _smallest(known: Shown, counts: list[int], chip: Chip) -> dict[str, int] | None:
     """The mesh of fewest devices that should fit; of these the least divided one."""
-    for count in (n for n in _divisors(devices) if n >= least):
+    for count in counts:
         fitting = [
             mesh
             for mesh in meshes(count)
-            if suitable(scaling.plan.config, mesh) and fits(scaling.peak(mesh), memory)
+            if suitable(known.plan.config, mesh, chip) and fits(known.guess(mesh), chip)
         ]
         order = ("tensor", "context", "fsdp")
         if fitting:
@@ -156,16 +196,20 @@ def _smallest(
     return None
 
 
-def _faster(
-    plan: Abstract, mesh: dict[str, int], peak: int, memory: float, tried: int
-) -> Suggestion:
-    """The same mesh with the policy that recomputes least, if that fits as well."""
-    config, known = plan.config, RULES["model.remat"].names
-    for remat in (name for name in FASTER if name in known):
-        if remat == config.model.remat:
+def _faster(best: Shown, tried: int, chip: Chip) -> Suggestion:
+    """The same mesh with the policy that computes least again of those that fit.
+
+    Each policy keeps what the one before it keeps, and more: the first that does not
+    fit ends the search. No policy matters to the rollout, which keeps nothing.
+    """
+    mesh, rollout = dict(best.plan.mesh.shape), best.compiled[:-1]
+    found = Suggestion(mesh, LEAST, best.peak, tried)
+    for remat in FASTER:
+        plan = described(best.plan.config, mesh, remat)
+        update = compile_phase(plan.phases[-1], plan.mesh)
+        tried += 1
+        with_it = Shown(plan, [*rollout, update]).peak
+        if not fits(with_it, chip):
             break
-        other = described(config, mesh, remat)
-        found, tried = compile_phase(other.phases[-1], other.mesh), tried + 1
-        if fits(found.peak, memory):
-            return Suggestion(mesh, remat, found.peak, tried)
-    return Suggestion(mesh, config.model.remat, peak, tried)
+        found = Suggestion(mesh, remat, with_it, tried)
+    return found._replace(compilations=tried)

@@ -7,71 +7,75 @@ from typing import Any
 import jax
 
 from ddrl_jax.chips import Chip
-from ddrl_jax.learner import TrainState
-from ddrl_jax.plan.lowered import Abstract, Compiled, bytes_per_device
+from ddrl_jax.plan.links import Links
+from ddrl_jax.plan.lowered import Abstract, Compiled
+from ddrl_jax.plan.memory import MARGIN, fits, own, peak, resident
 from ddrl_jax.plan.roofline import Bounds, bounds, sent
-from ddrl_jax.plan.search import MARGIN, Suggestion, fits
+from ddrl_jax.plan.search import LEAST, Suggestion
 
 GIB = 2.0**30
 HOUR = 3600.0
 
 
 def sheet(
-    plan: Abstract, compiled: list[Compiled], chip: Chip, efficiency: float
+    plan: Abstract, compiled: list[Compiled], links: Links, efficiency: float
 ) -> str:
     """The whole plan.
 
     Args:
       plan: the run.
       compiled: its phases, the update last.
-      chip: the run is planned for.
+      links: its mesh on the chips it is planned for.
       efficiency: share of the peak that products are taken to reach.
     """
-    times = [_bounds(plan, found, chip, efficiency) for found in compiled]
-    lines = [*_head(plan, chip), "", *_memory(plan, compiled, chip)]
+    times = [_bounds(plan, found, links, efficiency) for found in compiled]
+    chip = links.chip
+    lines = [*_head(plan, links), "", *_memory(plan, compiled, chip)]
     for found, bound in zip(compiled, times, strict=True):
         lines += ["", *_phase(plan, found, bound, chip, efficiency)]
-    return "\n".join([*lines, "", *_cost(plan, compiled, times)])
+    lines += ["", *_cost(plan, compiled, times), *_assumed(links)]
+    return "\n".join(lines)
 
 
-def _head(plan: Abstract, chip: Chip) -> Iterator[str]:
+def _head(plan: Abstract, links: Links) -> Iterator[str]:
     mesh, config = dict(plan.mesh.shape), plan.config
+    kind = "hosts" if links.chip.ici_links == 1 else "slices"
+    over = f" in {links.count} {kind}" if links.count > 1 else ""
     sizes = ", ".join(f"{axis} {size}" for axis, size in mesh.items())
     network = sum(a.size for a in jax.tree.leaves(plan.weights.shapes["params"]))
     trained = sum(a.size for a in jax.tree.leaves(plan.weights.abstract.params))
     yield (
-        f"{config.name} on {math.prod(mesh.values())} x {chip.name}: mesh {sizes}; "
+        f"{config.name} on {math.prod(mesh.values())} x {links.chip.name}{over}: mesh "
+        f"{sizes}; "
         f"remat {config.model.remat}, {config.model.dtype}"
     )
     yield f"weights {network:,}, of which trained {trained:,}"
 
 
 def _memory(plan: Abstract, compiled: list[Compiled], chip: Chip) -> Iterator[str]:
-    state: TrainState = plan.weights.abstract
-    update = compiled[-1]
-    rows: dict[str, float] = {
-        "parameters": bytes_per_device(state.params),
-        "frozen base": bytes_per_device(plan.frozen),
-        "optimizer": bytes_per_device(state.opt_state),
-        "average of the weights": bytes_per_device(state.ema),
-        "trajectory of a minibatch": plan.chunks * bytes_per_device(plan.chunk),
-    }
     yield "memory a device, GiB (shapes and shardings; temporaries: compiler for CPU)"
-    for name, size in rows.items():
-        yield f"  {name:28s} {size / GIB:9.3f}"
+    stays, peaks = resident(plan), {}
+    for name, size in stays.items():
+        yield _row(name, size)
     for found in compiled:
-        name = f"temporaries of the {found.phase.name}"
-        yield f"  {name:28s} {found.temporaries / GIB:9.3f}"
-    yield f"  {'peak of the update':28s} {update.peak / GIB:9.3f}"
-    peak = max(found.peak for found in compiled)
-    room = MARGIN * chip.hbm_bytes - peak
-    verdict = "fits, with" if fits(peak, chip.hbm_bytes) else "DOES NOT FIT, short of"
+        for name, size in own(plan, found).items():
+            if size or name.startswith("temporaries"):
+                yield _row(name, size)
+        peaks[found.phase.name] = peak(plan, found)
+        yield _row(f"peak of the {found.phase.name}", peaks[found.phase.name])
+    most = max(peaks.values())
+    room = MARGIN * chip.hbm_bytes - most
+    verdict = "fits, with" if fits(most, chip) else "DOES NOT FIT, short of"
     yield (
         f"  {verdict} {abs(room) / GIB:.2f} GiB, of {chip.hbm_bytes / GIB:.1f} "
         f"({1 - MARGIN:.0%} are left to the runtime)"
     )
     if plan.config.model.dtype == "bfloat16":
         yield "  (the CPU compiler keeps float32 copies of bfloat16: more than needed)"
+
+
+def _row(name: str, size: float) -> str:
+    return f"  {name:28s} {size / GIB:9.3f}"
 
 
 def network_items(plan: Abstract, phase: str) -> int:
@@ -86,14 +90,13 @@ def network_items(plan: Abstract, phase: str) -> int:
     return steps * plan.chunks
 
 
-def _bounds(plan: Abstract, found: Compiled, chip: Chip, efficiency: float) -> Bounds:
+def _bounds(plan: Abstract, found: Compiled, links: Links, efficiency: float) -> Bounds:
     dtype = plan.config.model.dtype
     shapes = jax.tree.leaves(plan.weights.shapes["params"])
     width = 2 if dtype == "bfloat16" else 4
     return bounds(
         found,
-        dict(plan.mesh.shape),
-        chip,
+        links,
         efficiency=efficiency,
         dtype=dtype,
         weights=width * sum(a.size for a in shapes),
@@ -120,7 +123,10 @@ def _phase(
         f"  memory traffic {size / GIB:12.1f} GiB           {bound.memory:10.2f} s at "
         f"{chip.hbm_bandwidth / 1e9:.0f} GB/s (attention weights as if written out)"
     )
-    for axes, total in sorted(sent(found, plan.config.model.dtype).items()):
+    along: dict[tuple[str, ...], float] = {}
+    for (axes, _), amount in sent(found, plan.config.model.dtype).items():
+        along[axes] = along.get(axes, 0.0) + amount
+    for axes, total in sorted(along.items()):
         kinds: dict[str, int] = {}
         for c in found.collectives:
             if c.axes == axes:
@@ -149,13 +155,37 @@ def _cost(plan: Abstract, compiled: list[Compiled], times: list[Bounds]):
     )
 
 
-def suggestion_line(found: Suggestion | None, memory: float) -> str:
+def _assumed(links: Links) -> Iterator[str]:
+    """What the times of the links rest on."""
+    across = "a group across {} uses the network share of each of its chips"
+    if links.chip.ici_links == 1:
+        yield "assumed: " + across.format("hosts")
+        return
+    yield (
+        "assumed: each mesh axis is one ring of the torus, closed and used both ways "
+        "(over a whole plane it would have more links); " + across.format("slices")
+    )
+    if not links.on_whole_axes():
+        shape = " x ".join(map(str, links.torus()))
+        yield (
+            f"note: these mesh axes share axes of a {shape} torus: there they send "
+            "more slowly than assumed"
+        )
+
+
+def suggestion_line(found: Suggestion | None, chip: Chip) -> str:
     """What the search found, as a line with the overrides that bring it."""
     if found is None:
         return "suggestion: no mesh of these devices was shown to fit"
     sizes = " ".join(f"--config.mesh.{axis}={n}" for axis, n in found.mesh.items())
+    offload = (
+        "; remat=offload keeps as little on the device, which a CPU can not show"
+        if found.remat == LEAST
+        else ""
+    )
     return (
         f"suggestion: the smallest that fits is {math.prod(found.mesh.values())} "
         f"devices, {sizes} --config.model.remat={found.remat}: {found.peak / GIB:.1f} "
-        f"of {memory / GIB:.1f} GiB ({found.compilations} updates compiled to show it)"
+        f"of {chip.hbm_bytes / GIB:.1f} GiB ({found.compilations} programs compiled to "
+        f"show it{offload})"
     )

@@ -1,0 +1,86 @@
+"""What lies on a device while a phase runs: what stays, and its own part.
+
+What stays is known from shapes and shardings: the state, frozen and reference weights,
+every chunk of the epoch (trajectories of all minibatches, not only of the one at work),
+prompt embeddings and autoencoder. A phase adds its copy of the weights, its results and
+the compiler's temporaries. Judges, a text encoder and pictures are not in it.
+"""
+
+from typing import Any
+
+import jax
+import numpy as np
+
+from ddrl_jax.chips import Chip
+from ddrl_jax.data.prompts import prompt_list
+from ddrl_jax.plan.lowered import Abstract, Compiled, bytes_per_device
+
+MARGIN = 0.92  # of the memory: the rest is the runtime's, and fragments
+
+
+def fits(peak: float | int, chip: Chip) -> bool:
+    """Whether a program of this peak in bytes fits into a chip's memory."""
+    return peak <= MARGIN * chip.hbm_bytes
+
+
+def chunks_of_epoch(plan: Abstract) -> int:
+    """Chunks that an epoch samples, of all its minibatches."""
+    return plan.chunks * plan.config.train.minibatches
+
+
+def resident(plan: Abstract) -> dict[str, int]:
+    """Bytes a device that stay for the whole epoch, by name."""
+    state, (_, _, reference, _) = plan.weights.abstract, plan.phases[-1].arguments
+    return {
+        "parameters": bytes_per_device(state.params),
+        "frozen base": bytes_per_device(plan.frozen),
+        "reference policy": bytes_per_device(reference[0]) if reference else 0,
+        "optimizer": bytes_per_device(state.opt_state),
+        "average of the weights": bytes_per_device(state.ema),
+        "trajectories of the epoch": chunks_of_epoch(plan)
+        * bytes_per_device(plan.chunk),
+        "prompt embeddings": _prompts(plan.config)
+        * _whole(plan.weights.pipeline.uncond),
+        "autoencoder": _whole(
+            (plan.weights.pipeline.decode, plan.weights.pipeline.encode_images)
+        ),
+    }
+
+
+def own(plan: Abstract, found: Compiled) -> dict[str, int]:
+    """Bytes a device that only one phase needs, by name.
+
+    Args:
+      plan: the run.
+      found: a compiled phase of it.
+    """
+    name = found.phase.name
+    staying = jax.tree.leaves((plan.weights.abstract, plan.frozen, plan.chunk))
+    known = {id(leaf) for leaf in staying}
+    added = [a for a in jax.tree.leaves(found.phase.arguments) if id(a) not in known]
+    # The transitions a rollout hands out are counted with those of the epoch.
+    kept = (plan.chunk.trajectory, plan.chunk.x0) if name == "rollout" else ()
+    return {
+        "weights of the rollout": bytes_per_device(added),
+        f"results of the {name}": max(found.outputs - bytes_per_device(kept), 0),
+        f"temporaries of the {name}": found.temporaries,
+    }
+
+
+def peak(plan: Abstract, found: Compiled) -> int:
+    """Bytes a device while a phase runs: what stays and its own."""
+    return sum(resident(plan).values()) + sum(own(plan, found).values())
+
+
+def _prompts(config: Any) -> int:
+    """How many there are; where only a file knows, those of one epoch."""
+    c = config.prompts
+    if c.source in ("list", "set"):
+        return len(prompt_list(c, (), config.seed))
+    return c.limit or c.per_epoch
+
+
+def _whole(tree: Any) -> int:
+    """Bytes of the arrays, or shapes, of a tree; every device has them whole."""
+    leaves = (leaf for leaf in jax.tree.leaves(tree) if hasattr(leaf, "dtype"))
+    return sum(leaf.size * np.dtype(leaf.dtype).itemsize for leaf in leaves)
