@@ -128,7 +128,7 @@ def test_stable_diffusion_is_planned_from_its_json_alone(tmp_path):
 
 def test_a_model_of_the_hub_is_one_error_without_a_network():
     config = stable_diffusion("nobody/nothing")
-    with pytest.raises(UserError, match="nobody/nothing is no folder here"):
+    with pytest.raises(UserError, match="nobody/nothing is not here"):
         describe(config)
 
 
@@ -142,7 +142,7 @@ def test_a_data_term_is_planned(every_step):
     calls, rows = 2 * steps, steps if every_step else 1  # guidance: two rows a step
     found = [count(p.function, *p.arguments).flops for p in (with_data, without)]
     assert found[0] / found[1] - 1 == pytest.approx(rows / calls, rel=0.3)
-    assert compile_phase(with_data, make_mesh(ONE)).peak > 0
+    assert compile_phase(with_data, make_mesh(ONE)).temporaries > 0
 
 
 # ---- work
@@ -218,13 +218,14 @@ def with_memory(size: float):
 
 
 def test_the_suggestion_is_compiled_and_small(planned):
-    """With room for anything one device does, and nothing is computed again."""
+    """With room for anything one device does, and nothing is computed again: both
+    phases on its mesh, then the update with each of three policies."""
     run, compiled = planned
     shown = Shown(run, compiled)
     chip = with_memory(20.0 * shown.peak)
     found = suggest(shown, 8, chip)
     assert found is not None and fits(found.peak, chip)
-    assert found.mesh == ONE and found.remat == "none" and found.compilations == 7
+    assert found.mesh == ONE and found.remat == "none" and found.compilations == 5
     assert suggest(shown, 8, with_memory(shown.peak / 1000)) is None
 
 
@@ -249,8 +250,8 @@ def test_little_memory_means_more_devices_and_full_remat(monkeypatch, planned):
     shown = Shown(run, bare)
     found = suggest(shown, 8, with_memory(alone))
     assert found is not None and math.prod(found.mesh.values()) == 2
-    assert found.remat == "full" and made_for == ["full", "full", "named"]
-    assert compilations == ["rollout", "update"] * 2 + ["update"]
+    assert found.remat == "full" and made_for == ["full", "named"]
+    assert compilations == ["rollout", "update", "update"]
 
 
 # ---- the mode
@@ -261,7 +262,7 @@ def test_the_whole_mode(capsys):
     c.mesh.data = -1
     plan.plan_mode(c.lock(), FLAGS)
     text = capsys.readouterr().out
-    words = ("8 x v5p: mesh data 2, fsdp 4", "parameters", "optimizer", "trajectory")
+    words = ("8 x v5p: mesh data 2, fsdp 4", "parameters", "optimizer", "trajectories")
     words += ("temporaries of the update", "fits, with", "FLOPs", "sent along fsdp")
     words += ("bound by", "samples an hour", "accelerator hours", "suggestion: ")
     assert all(word in text for word in words), text

@@ -74,7 +74,7 @@ def _memory(plan: Abstract, compiled: list[Compiled], chip: Chip) -> Iterator[st
         yield "  (the CPU compiler keeps float32 copies of bfloat16: more than needed)"
 
 
-def _row(name: str, size: float) -> str:
+def _row(name: str, size: int) -> str:
     return f"  {name:28s} {size / GIB:9.3f}"
 
 
