@@ -6,7 +6,6 @@ JSON record holds the cursor and, of every leaf, the shape, the dtype and a chec
 of the bytes: what is read back is what was written, or there is one error.
 """
 
-import json
 import os
 import re
 import shutil
@@ -20,7 +19,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from ddrl_jax import fingerprint, orbax_log
-from ddrl_jax.distributed import every, every_text, is_main
+from ddrl_jax.distributed import every, every_text, is_main, numbers_of_main
 from ddrl_jax.errors import UserError
 from ddrl_jax.fingerprint import abstract as abstract
 from ddrl_jax.interfaces import Params
@@ -145,7 +144,7 @@ class Checkpoints:
         if which not in ("latest", "last_good"):
             raise ValueError(f"which is {which!r}, not latest or last_good")
         # Those that process 0 sees: a shared file system may show others an older list.
-        epochs = json.loads(every_text(json.dumps(self.epochs()))[0])
+        epochs = numbers_of_main(self.epochs())
         if not epochs:
             self._refuse_foreign_root()
             return None

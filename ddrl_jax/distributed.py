@@ -197,6 +197,14 @@ def every_text(text: str) -> list[str]:
     return [row.tobytes().decode(errors="ignore").strip() for row in rows]
 
 
+def numbers_of_main(values: list[int]) -> list[int]:
+    """Returns process 0's list, of any length. Every process has to call it."""
+    count = int(every(np.array([len(values)]))[0, 0])
+    own = np.zeros(count, np.int64)
+    own[: len(values)] = values[:count]
+    return every(own)[0].tolist()
+
+
 def meet(mesh: Mesh) -> None:
     """Connects the devices of every group that the mesh can form, before any compiling.
 

@@ -114,6 +114,21 @@ def test_alone_nothing_is_gathered():
     assert distributed.main_first(lambda: 3) == 3
 
 
+@pytest.mark.parametrize("theirs", [[], [1, 2], list(range(1000, 1400))])
+@pytest.mark.parametrize("own", [[], [7], list(range(500))])
+def test_the_list_of_process_0_whatever_its_length(monkeypatch, theirs, own):
+    """As process 1: what is gathered from process 0 is its count, then its list."""
+    said = iter([np.array([len(theirs)]), np.array(theirs, np.int64)])
+
+    def gathered(values):
+        first = next(said)
+        assert first.shape == values.shape
+        return np.stack([first, values])
+
+    monkeypatch.setattr(distributed, "every", gathered)
+    assert distributed.numbers_of_main(own) == theirs
+
+
 @pytest.mark.parametrize("sizes", [(8, 1, 1, 1), (2, 2, 2, 1), (1, 1, 4, 2)])
 def test_every_row_is_held_once(sizes):
     mesh = make_mesh(dict(zip(AXES, sizes, strict=True)))
