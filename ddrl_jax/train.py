@@ -110,6 +110,7 @@ def run(
             values |= batch.metrics | timer.epoch()
             values |= speeds(config, values, epoch)
             values |= utilization(batch.chunks, values)
+            del batch  # its trajectories, before the next ones are collected
             # 4. Evaluate.
             last = epoch == config.train.epochs
             with timer.aside():

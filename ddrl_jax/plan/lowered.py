@@ -1,8 +1,8 @@
 """A run's two large programs, compiled for a mesh that is not here.
 
 Arguments are shapes with shardings: no weight is made and no file is read, but for the
-JSON of a diffusers model. The functions are those of `program`, so what is planned is
-what runs.
+JSON of a diffusers model. The functions are those of `program`: what is planned is what
+runs, but for "auto" attention, which here is what a CPU has and no fused kernel.
 """
 
 import math
