@@ -51,7 +51,7 @@ def train(config: Any, workdir: str, profile: Epochs | None = None) -> None:
         check_rewards(rewards)
         program = build(config, rewards)
         if is_main():
-            print(attention_line(program), flush=True)
+            print(attention_line(program), file=sys.stderr, flush=True)
         checkpoints = Checkpoints(
             home.checkpoints, config.checkpoint.every, config.checkpoint.keep
         )

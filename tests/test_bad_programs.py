@@ -72,8 +72,8 @@ def test_prompts_with_unknown_words(tmp_path):
 @pytest.mark.slow
 def test_prompts_without_data(tmp_path):
     words = "--config.prompts.list=('red red red',)"
-    command = (SMOKE, f"--workdir={tmp_path}", LIST, "--config.prompts.limit=0", words)
-    check_program("no picture in the data set", *command)
+    keys = (LIST, "--config.prompts.limit=0", words, "--config.rewards.heldout=()")
+    check_program("no picture in the data set", SMOKE, f"--workdir={tmp_path}", *keys)
 
 
 @pytest.mark.slow

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from process_runs import ROOT, free_port
+from process_runs import GLOO, ROOT, free_port
 from saved_states import bits
 from tiny_runs import perturbed_state, tiny_program
 
@@ -128,7 +128,7 @@ def ends(code: str, *arguments: object) -> list[str]:
     for child, (_, errors) in zip(children, found, strict=True):
         assert child.returncode == 0, errors
     lines = [output.splitlines() for output, _ in found]
-    return ["\n".join(s for s in said if not s.startswith("[Gloo]")) for said in lines]
+    return ["\n".join(s for s in said if not GLOO.search(s)) for said in lines]
 
 
 @pytest.mark.slow

@@ -135,7 +135,8 @@ def test_the_mode_compares_a_folder_of_arms(tmp_path, capsys):
     compare.compare_mode(None, str(tmp_path))
     assert capsys.readouterr().out.strip() == str(tmp_path / "compare.md")
     names = {path.name for path in tmp_path.iterdir() if path.is_file()}
-    assert names == {"compare.md", "compare.png", "compare_fronts.png"}
+    endings = ("compare.md", "compare.csv", "compare.png", "compare_fronts.png")
+    assert names == {*endings}
     assert (
         "![compare_fronts](compare_fronts.png)" in (tmp_path / "compare.md").read_text()
     )

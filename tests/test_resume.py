@@ -106,10 +106,10 @@ def train():
     """
     programs, draws, collect = {}, {}, loop.collect
 
-    def shared(config):
+    def shared(config, judges):
         key = (config.name, config.train.microbatch)
         if key not in programs:
-            programs[key] = build(config)
+            programs[key] = build(config, judges)
         return programs[key]._replace(config=config)
 
     def recorded(program, state, epoch, *others):
