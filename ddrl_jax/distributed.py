@@ -200,6 +200,8 @@ def every_text(text: str) -> list[str]:
 def numbers_of_main(values: list[int]) -> list[int]:
     """Returns process 0's list, of any length. Every process has to call it."""
     count = int(every(np.array([len(values)]))[0, 0])
+    if not count:
+        return []
     own = np.zeros(count, np.int64)
     own[: len(values)] = values[:count]
     return every(own)[0].tolist()
