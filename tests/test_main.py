@@ -114,7 +114,7 @@ def test_a_mode_calls_its_function(mode, stand_in, tmp_path, capsys):
     config = [] if mode in ("report", "compare") else [SMOKE]
     assert run(["main", *config, f"--workdir={tmp_path}", f"--mode={mode}"]) == 0
     (arguments,) = calls
-    unset = dict.fromkeys(("devices", "chip", "efficiency", "suggest"))
+    unset = dict.fromkeys(("devices", "chip", "efficiency", "suggest", "slices"))
     assert arguments[-1] == (unset if mode == "plan" else str(tmp_path))
     if mode == "report":
         assert capsys.readouterr().out == "report.html\n"
