@@ -20,6 +20,8 @@ from process_runs import (
     to_its_end,
 )
 
+EXIT_OTHERS = 2
+
 pytestmark = pytest.mark.unoptimised
 
 # ---- the launcher
@@ -154,9 +156,9 @@ def test_several_processes_are_one_run(processes, alone, tmp_path):
 
 
 def saved_and_going(workdir: Path, run: list, epoch: int = 1) -> None:
-    """Waits until a checkpoint is there."""
+    """Waits until a checkpoint of this epoch, or of a later one, is there."""
     limit = time.monotonic() + 240
-    while epoch not in epochs_saved(workdir):
+    while max(epochs_saved(workdir), default=0) < epoch:
         assert all(p.poll() is None for p in run) and time.monotonic() < limit
         time.sleep(0.02)
 
@@ -164,17 +166,41 @@ def saved_and_going(workdir: Path, run: list, epoch: int = 1) -> None:
 LONG = ("--config.train.epochs=1000", "--config.evaluate.every=0")
 
 
+def told_to_end(workdir: Path, run: list, victim: int) -> int:
+    """SIGTERM to one: all end well and have saved the same epoch, which is returned."""
+    run[victim].terminate()
+    found = ends(run)
+    assert [status for status, *_ in found] == [0] * len(run), found
+    last = epochs_saved(workdir)[-1]
+    cause = "a signal to another process" if victim else "SIGTERM"
+    assert f"{cause}: epoch {last} is saved" in found[0][2]
+    heard = [errors.count("SIGTERM: finishing the step") for *_, errors in found]
+    assert heard == [int(i == victim) for i in range(len(run))]
+    assert metrics(workdir)[-1]["step"] == last
+    return last
+
+
+def killed(workdir: Path, run: list, victim: int) -> int:
+    """SIGKILL of one: the others end soon and name it. Returns the last epoch saved."""
+    run[victim].kill()
+    begin = time.monotonic()
+    found = ends(run)
+    assert time.monotonic() - begin < 30
+    assert found[victim][0] == -signal.SIGKILL
+    for status, _, errors in found[:victim] + found[victim + 1 :]:
+        assert status == EXIT_OTHERS, errors
+        assert errors.count("error: the run has ended because one of its") == 1
+        assert f"got:     process {victim} " in errors and "Traceback" not in errors
+    done = len(metrics_lines(workdir)) - 1  # epochs whose metrics were written
+    assert epochs_saved(workdir)[-1] >= done - 1  # at most the one in flight is lost
+    return epochs_saved(workdir)[-1]
+
+
 @pytest_slow
 def test_sigterm_to_one_stops_all_at_the_same_epoch(tmp_path):
     run = start(tmp_path / "run", 2, *LONG)
     saved_and_going(tmp_path / "run", run)
-    run[1].terminate()
-    (first, _, said), (second, _, heard) = ends(run)
-    assert (first, second) == (0, 0), said + heard
-    last = epochs_saved(tmp_path / "run")[-1]
-    assert f"a signal to another process: epoch {last} is saved" in said
-    assert heard.count("SIGTERM: finishing the step") == 1
-    assert metrics(tmp_path / "run")[-1]["step"] == last
+    told_to_end(tmp_path / "run", run, 1)
 
 
 @pytest_slow
@@ -183,18 +209,26 @@ def test_when_one_is_killed_the_others_end_and_name_it(victim, alone, tmp_path):
     workdir = tmp_path / "run"
     run = start(workdir, 2)
     saved_and_going(workdir, run)
-    run[victim].kill()
-    killed = time.monotonic()
-    found = ends(run)
-    assert time.monotonic() - killed < 30
-    status, _, errors = found[1 - victim]
-    assert found[victim][0] == -signal.SIGKILL and status == 2, errors
-    assert errors.count("ddrl_jax: error: the run has ended because one of its") == 1
-    assert f"got:     process {victim} " in errors and "Traceback" not in errors
-    done = len(metrics_lines(workdir)) - 1  # epochs whose metrics were written
-    assert epochs_saved(workdir)[-1] >= done - 1  # at most the one in flight is lost
+    killed(workdir, run, victim)
     to_its_end(workdir, 2)
     check_same(workdir, alone)
+
+
+@pytest_slow
+def test_four_processes_lose_one_go_on_and_are_told_to_end(alone, tmp_path):
+    """One run: SIGKILL of one of four, then from its last epoch SIGTERM to another."""
+    workdir = tmp_path / "run"
+    run = start(workdir, 4, *LONG)
+    saved_and_going(workdir, run)
+    last = killed(workdir, run, 3)
+    run = start(workdir, 4, *LONG)
+    saved_and_going(workdir, run, last + 1)
+    done = told_to_end(workdir, run, 2)
+    lines, wanted = metrics(workdir), metrics(alone)
+    assert [line["step"] for line in lines] == list(range(done + 1))
+    for line, twin in zip(lines, wanted, strict=False):
+        names = [name for name in line if name.startswith(EXACT)]
+        assert {n: line[n] for n in names} == {n: twin[n] for n in names}
 
 
 def metrics_lines(workdir: Path) -> list[dict]:
