@@ -34,7 +34,8 @@ def sample(program: Program, guidance: float, steps: int, count: int) -> np.ndar
     index = np.arange(count, dtype=np.int32) % len(program.prompts)
     root = jax.random.fold_in(jax.random.key(program.config.seed), NOISE_STREAM)
     params = program.new_state().average
-    parts = [run(params, program.frozen, *p) for p in chunks_of(program, root, index)]
+    rows = chunks_of(program, root, index)
+    parts = [run(params, program.frozen, *p)[0] for p in rows]
     return np.concatenate(jax.device_get(parts))[:count]
 
 

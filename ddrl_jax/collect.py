@@ -9,6 +9,7 @@ import numpy as np
 from ddrl_jax.distributed import summed, whole_scores
 from ddrl_jax.draws import draw_chunks, draw_trained_steps, prompts_of
 from ddrl_jax.errors import UserError
+from ddrl_jax.finite import finite_rows, leave_out
 from ddrl_jax.interfaces import Prompts, Rollout, Scores
 from ddrl_jax.learner import Minibatch, TrainState
 from ddrl_jax.metrics import Timer
@@ -48,19 +49,23 @@ def collect(
     config = program.config
     prompts = prompts_of(program, epoch)
     chunks = draw_chunks(program, prompts, epoch, 0)
+    told = _skipped(program)
     if not config.policy.weight:
-        return Collected(prompts, chunks, tracker, {})
+        return Collected(prompts, chunks, tracker, told)
     with timer("rollout"):
         sampled = _sample(program, state, epoch, prompts, chunks, pool, stop)
     if sampled is None:
         return None
-    chunks, handles, rows = sampled
+    chunks, handles, rows, finite = sampled
     with timer("reward"):
         scores = whole_scores(pool.collect(handles), rows, len(prompts.index))
+    scores = leave_out(scores, finite, config.rewards.on_failure)
     advantages, tracker = program.advantages(
         scores.values, scores.valid, prompts.group, prompts.index, tracker
     )
-    metrics = _reward_metrics(dict(config.rewards.weights), scores)
+    metrics = told | _reward_metrics(dict(config.rewards.weights), scores)
+    if not finite.all():
+        metrics["reward/not_finite"] = float(np.sum(~finite))
     metrics |= summed(counters(pool.rewards)) | _rollout_gap(config.policy, chunks)
     samples = None
     if config.policy.term == "sparse_rwr":
@@ -83,11 +88,12 @@ def _sample(program, state, epoch, prompts, chunks, pool, stop):
     """Rolls out every chunk; its pictures go to the judges as soon as they exist.
 
     Returns:
-      The chunks, the calls for the rows this process holds, and these rows; or None.
+      The chunks, the calls for the rows this process holds, these rows, and of all
+      samples whether they are finite; or None.
     """
     config, size = program.config, program.chunk
     trained = draw_trained_steps(config, program.kernel, epoch, len(prompts.index))
-    filled, handles, held = [], [], []
+    filled, handles, held, finite = [], [], [], []
     weights = program.sampling(state.params, program.frozen)
     for number, chunk in enumerate(chunks):
         if stop.agree():
@@ -103,11 +109,12 @@ def _sample(program, state, epoch, prompts, chunks, pool, stop):
             images.copy_to_host_async()
             handles.append(pool.submit(images, [prompts.text[i] for i in own]))
         held.append(own)
+        finite.append(finite_rows(found.x0))
         filled.append(_filled(program, state, chunk, found))
     # The judges of earlier chunks are at work meanwhile; the last pictures are waited
     # for here, so that the clock books this time on the rollout.
     jax.block_until_ready(found.images)
-    return filled, handles, np.concatenate(held)
+    return filled, handles, np.concatenate(held), np.concatenate(to_host(finite))
 
 
 def _filled(program: Program, state: TrainState, chunk: Minibatch, found: Rollout):
@@ -140,6 +147,12 @@ def _gap(rolled_out: jax.Array, recomputed: jax.Array) -> jax.Array:
     return jnp.max(jnp.abs(rolled_out - recomputed))
 
 
+def _skipped(program: Program) -> dict[str, float]:
+    """Records of the data that were no use, where data.on_bad "skip" left some out."""
+    count = program.source.skipped if program.source else 0
+    return {"data/skipped": float(count)} if count else {}
+
+
 def _reward_metrics(weights: dict, scores: Scores) -> dict[str, float]:
     valid, out = scores.valid, {"reward/valid": float(np.mean(scores.valid))}
     if not valid.any():
@@ -153,6 +166,8 @@ def _reward_metrics(weights: dict, scores: Scores) -> dict[str, float]:
     total = np.zeros(len(valid), np.float64)
     for name, weight in weights.items():
         values = scores.values[name]
+        if missing := int(np.isnan(values).sum()):  # only with on_failure "mask"
+            out[f"reward/{name}/missing"] = float(missing)
         total += weight * np.where(valid, values, 0.0)
         out[f"reward/{name}/mean"] = float(np.mean(values[valid]))
         out[f"reward/{name}/std"] = float(np.std(values[valid]))

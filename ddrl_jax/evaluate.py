@@ -14,6 +14,7 @@ from ddrl_jax.diffusion.schedules import flow_sigmas
 from ddrl_jax.diffusion.solvers import solve
 from ddrl_jax.distributed import is_main, own_share, whole_scores
 from ddrl_jax.draws import draw_records, draw_trained_steps
+from ddrl_jax.finite import finite_rows, leave_out
 from ddrl_jax.interfaces import Cond, DataSource, Reward
 from ddrl_jax.learner import TrainState
 from ddrl_jax.metrics import Metrics
@@ -61,8 +62,8 @@ class Evaluation:
     def judge(self, state: TrainState) -> tuple[dict[str, float], np.ndarray | None]:
         """Samples and judges the average; returns the metrics and a picture grid."""
         params, config = state.average, self.program.config
-        images, picture = self.sample(params), None
-        values = self.judged(images)
+        (images, finite), picture = self.sample(params), None
+        values = self.judged(images, finite)
         if self._loss is not None and config.evaluate.data_samples:
             values["data/heldout_loss"] = self.data_loss(params)
         if shown := config.evaluate.pictures:
@@ -70,8 +71,8 @@ class Evaluation:
             picture = grid(images[:shown], _columns(shown), upscale, self.text[:shown])
         return values, picture
 
-    def sample(self, params: Any) -> np.ndarray:
-        """Pictures uint8 [b h w c] of the evaluation prompts."""
+    def sample(self, params: Any) -> tuple[np.ndarray, np.ndarray]:
+        """Pictures uint8 [b h w c] of the evaluation prompts; which are finite [b]."""
         root = jax.random.fold_in(
             jax.random.key(self.program.config.seed), NOISE_STREAM
         )
@@ -80,10 +81,13 @@ class Evaluation:
             params, frozen = self.program.sampling(params, frozen)
         parts = chunks_of(self.program, root, self.index)
         chunks = [self._sample(params, frozen, *part) for part in parts]
-        return np.concatenate(to_host(chunks))[: self.count]
+        images, finite = map(np.concatenate, zip(*to_host(chunks), strict=True))
+        return images[: self.count], finite[: self.count]
 
-    def judged(self, images: np.ndarray) -> dict[str, float]:
-        """Every judge's mean and the diversity of the pictures."""
+    def judged(
+        self, images: np.ndarray, finite: np.ndarray | None = None
+    ) -> dict[str, float]:
+        """Every judge's mean and the diversity of the pictures; None: all finite."""
         config, values = self.program.config, {}
         r = config.rewards
         with RewardPool(self.judges, r.threads, r.timeout, r.on_failure) as pool:
@@ -95,6 +99,8 @@ class Evaluation:
                 pool.submit(images[p], t) for p, t in zip(parts, texts, strict=True)
             ]
             found = whole_scores(pool.collect(calls), rows, self.count)
+        finite = np.ones(self.count, bool) if finite is None else finite
+        found = leave_out(found, finite, r.on_failure)
         if not found.valid.all():  # only with on_failure "mask"
             values["evaluation/valid"] = float(np.mean(found.valid))
         for name, scores in found.values.items():
@@ -102,8 +108,9 @@ class Evaluation:
             if found.valid.any():  # what was not judged has no mean
                 mean = float(np.mean(scores[found.valid]))
                 values[f"{place}/{name}/mean"] = mean
-        if self.features is not None:
-            found = diversity(np.asarray(self.features(images)), self.index)
+        if self.features is not None and finite.any():
+            features = np.asarray(self.features(images[finite]))
+            found = diversity(features, self.index[finite])
             values |= {f"diversity/{k}": float(v) for k, v in found.items()}
         return values
 
@@ -132,7 +139,7 @@ class Evaluation:
 
 
 def make_sampler(program: Program, settings: Any, solver: str):
-    """Returns sample(params, frozen, keys, cond) -> uint8 images.
+    """Returns sample(params, frozen, keys, cond) -> (uint8 images, which are finite).
 
     Args:
       program: the run.
@@ -158,7 +165,11 @@ def make_sampler(program: Program, settings: Any, solver: str):
         noise = initial_noise(keys, pipeline.latent_shape)
         return solve(lambda z, t: policy(z, t, cond), noise, times, solver)
 
-    return lambda *inputs: program.decode(sample(*inputs))
+    return lambda *inputs: _shown(program, sample(*inputs))
+
+
+def _shown(program: Program, x0: jax.Array) -> tuple[jax.Array, jax.Array]:
+    return program.decode(x0), finite_rows(x0)
 
 
 def _ddim_sampler(program: Program, settings: Any):
@@ -181,7 +192,7 @@ def _ddim_sampler(program: Program, settings: Any):
         shape, score = pipeline.latent_shape, objective.score
         return rollout(policy, kernel, score, keys, cond, shape, times, unread)[0]
 
-    return lambda *inputs: program.decode(sample(*inputs, times, unread))
+    return lambda *inputs: _shown(program, sample(*inputs, times, unread))
 
 
 def _rollout_sampler(program: Program):
@@ -191,7 +202,8 @@ def _rollout_sampler(program: Program):
     unread = place_batch(program.mesh, np.ascontiguousarray(kept), axis=1)
 
     def sample(params, frozen, keys, cond: Cond):
-        return program.rollout(params, frozen, keys, cond, unread).images
+        found = program.rollout(params, frozen, keys, cond, unread)
+        return found.images, finite_rows(found.x0)
 
     return sample
 

@@ -163,6 +163,7 @@ class DataSource(NamedTuple):
         None: they are encoded once into a table.
       announce: takes the record numbers of the batches that `fetch` will be asked for
         next, so that they are read meanwhile; None: nothing can be read ahead.
+      skipped: how many pictures or captions were no use and left out.
     """
 
     captions: tuple[str, ...]
@@ -170,6 +171,7 @@ class DataSource(NamedTuple):
     fetch: Callable[[Int[np.ndarray, " b"]], Any] | None = None
     cond: Callable[[Any], Cond] | None = None
     announce: Callable[[Iterable[np.ndarray]], None] | None = None
+    skipped: int = 0
 
 
 class Pipeline(NamedTuple):

@@ -13,6 +13,7 @@ from ddrl_jax.checkpoint import Checkpoints
 from ddrl_jax.data.samples import refuse_existing, write_samples
 from ddrl_jax.distributed import is_main
 from ddrl_jax.evaluate import chunks_of, make_sampler
+from ddrl_jax.finite import broken
 from ddrl_jax.learner import TrainState
 from ddrl_jax.program import Program, build
 from ddrl_jax.resume import start
@@ -35,7 +36,7 @@ def sample_mode(config: Any, workdir: str) -> None:
       workdir: folder of a run; created if it is not there.
 
     Raises:
-      UserError: the output folder exists already.
+      UserError: the output folder exists already, or a sample is not finite.
     """
     with open_workdir(workdir, config) as home:
         output = Path(config.sample.output or home.root / "dataset")
@@ -69,6 +70,8 @@ def _draw(
     shown = config.log.progress and is_main()
     for part in tqdm(parts, disable=not shown, unit="batch"):
         rows = index[done : done + size]
-        images = to_host(sample(state.average, program.frozen, *part))
+        images, finite = to_host(sample(state.average, program.frozen, *part))
+        if not finite.all():  # a data set of black pictures is none
+            raise broken(finite)
         yield images[: len(rows)], tuple(program.prompts[i] for i in rows)
         done += size

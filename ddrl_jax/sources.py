@@ -121,4 +121,5 @@ def _streamed(cache: LatentSource) -> DataSource:
         return fetched["cond"]
 
     ahead = ReadAhead(fetch)
-    return DataSource(captions, latents, ahead, cond, ahead.announce)
+    skipped = sum(cache.skipped.values())
+    return DataSource(captions, latents, ahead, cond, ahead.announce, skipped)

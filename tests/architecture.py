@@ -36,6 +36,7 @@ PLUMBING += (
     "orbax_log",
     "report",
     "skipped",
+    "finite",
     "curves",
     "start_note",
 )

@@ -143,11 +143,15 @@ def read_tensors(folder: Path, variant: str | None = None) -> dict[str, np.ndarr
       torch name -> array.
 
     Raises:
-      UserError: files that are missing, torn or in other formats.
+      UserError: files that are missing, torn or in other formats, or hold NaN.
     """
     tensors: dict[str, np.ndarray] = {}
     for file in weight_files(folder, variant):
         tensors.update(_read_file(file, lambda c, name: _widen(c.get_tensor(name))))
+    # A network of them draws black pictures, which a judge would score like any others.
+    if broken := sorted(n for n, t in tensors.items() if not np.isfinite(t).all()):
+        names = ", ".join(broken[:10])
+        raise _damaged(Path(folder), f"{len(broken)} tensors not finite: {names}")
     if index := index_of(Path(folder), variant):
         lost = sorted(read_json(index)["weight_map"].keys() - tensors.keys())
         if lost:

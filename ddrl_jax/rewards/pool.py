@@ -4,6 +4,7 @@ A reward that fails never yields a made-up number: the run stops with one messag
 the sample is marked invalid and leaves its group.
 """
 
+import logging
 import queue
 import threading
 import time
@@ -225,6 +226,7 @@ class RewardPool:
         for name, (problem, samples) in failed.items():
             if self._on_failure == "mask":
                 self.failures[name] += len(samples)
+                _log_masked(name, problem, len(samples), handle.count)
                 continue
             more = ", ..." if len(samples) > SHOWN else ""
             shown = ", ".join(map(str, samples[:SHOWN])) + more
@@ -283,6 +285,14 @@ class RewardPool:
                 self._running.pop(call, None)
             if not kept:
                 return
+
+
+def _log_masked(name: str, problem: Problem, failed: int, count: int) -> None:
+    """Says why samples are left out: their scores are missing, not their reason."""
+    logging.getLogger(__name__).warning(
+        "the reward %r has no score for %d of %d pictures: %s",
+        *(name, failed, count, problem.got),
+    )
 
 
 def _cut(count: int, parts: int) -> list[slice]:

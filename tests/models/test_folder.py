@@ -55,6 +55,14 @@ def test_one_file_is_read_as_it_is(unet, name):
     assert tensors["ids"].dtype == np.int64
 
 
+@pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16])
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_weights_that_are_no_numbers_are_named(unet, dtype, value):
+    broken = np.where(A == 4.0, value, A).astype(dtype)
+    save_file({"a": A, "conv_in.weight": broken}, unet / PLAIN)
+    assert "1 tensors not finite: conv_in.weight" in refusal(read_tensors, unet)
+
+
 @pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16, np.float64])
 def test_other_floats_become_float32(unet, dtype):
     save_file({"a": A.astype(dtype)}, unet / PLAIN)

@@ -181,6 +181,15 @@ def test_a_failure_can_be_masked(name):
     assert failures == {"r": len(samples)}
 
 
+@pytest.mark.parametrize("name", FAILURES)
+def test_a_masked_failure_says_why(name, caplog):
+    reward, samples, words = FAILURES[name]
+    _scores(reward, "mask", parts=((0, 3), (3, 6)))
+    told = [record.getMessage() for record in caplog.records]
+    assert len(told) == len({sample // 3 for sample in samples})
+    assert all("'r' has no score for" in line and words in line for line in told)
+
+
 def test_one_bad_reward_masks_the_sample_for_all():
     with RewardPool({"good": _number, "bad": _nan}, 2, 30.0, "mask") as pool:
         scores = pool.collect([pool.submit(PICTURES, PROMPTS)])

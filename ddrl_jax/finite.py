@@ -1,0 +1,59 @@
+"""Samples that are NaN or infinite: found on device before rounding hides them.
+
+A picture is whole numbers, and a NaN becomes a black pixel in it. A judge would give
+that black picture a score like any other, so it is told from the latent.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float
+
+from ddrl_jax.errors import UserError
+from ddrl_jax.interfaces import Scores
+
+SHOWN = 8  # sample numbers in a message
+
+
+@jax.jit
+def finite_rows(x0: Float[Array, "b *x"]) -> Bool[Array, " b"]:
+    """Says of each sample whether all of its latent is finite."""
+    return jnp.all(jnp.isfinite(x0), axis=tuple(range(1, x0.ndim)))
+
+
+def leave_out(
+    scores: Scores, finite: Bool[np.ndarray, " b"], on_failure: str
+) -> Scores:
+    """Takes their scores from samples that are not finite.
+
+    Args:
+      scores: of all samples.
+      finite: which samples are finite.
+      on_failure: "mask" leaves such samples out, "error" refuses them.
+
+    Raises:
+      UserError: there are such samples, with on_failure="error".
+    """
+    if finite.all():
+        return scores
+    if on_failure == "error":
+        raise broken(finite)
+    values = {n: np.where(finite, v, np.nan) for n, v in scores.values.items()}
+    values = {n: v.astype(np.float32) for n, v in values.items()}
+    return Scores(values, scores.valid & finite)
+
+
+def broken(finite: Bool[np.ndarray, " b"]) -> UserError:
+    """The error for samples that are not finite; it names the first of them."""
+    rows = np.flatnonzero(~finite)
+    more = ", ..." if len(rows) > SHOWN else ""
+    return UserError(
+        "samples are NaN or infinite and have no picture",
+        got=f"{len(rows)} of {len(finite)}: "
+        + ", ".join(map(str, rows[:SHOWN]))
+        + more,
+        wanted="finite latents",
+        way_out="try --config.model.dtype=float32; in a run that has diverged lower "
+        "--config.optimizer.lr. --config.rewards.on_failure=mask gives them no score "
+        "and counts them; an update with one of them is skipped",
+    )

@@ -1,0 +1,96 @@
+"""Samples that are NaN or infinite have no picture, and so no score."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tiny_runs import perturbed_state, tiny_program
+
+from ddrl_jax.collect import collect
+from ddrl_jax.errors import UserError
+from ddrl_jax.evaluate import Evaluation
+from ddrl_jax.finite import finite_rows, leave_out
+from ddrl_jax.interfaces import Scores
+from ddrl_jax.metrics import Timer
+from ddrl_jax.objectives.advantages import PerPromptTracker
+from ddrl_jax.preemption import Preemption
+from ddrl_jax.rewards.pool import RewardPool
+from ddrl_jax.sample import _draw
+
+FINITE = np.array([True, False, True, False])
+
+
+def test_one_number_is_enough():
+    x0 = np.ones((4, 3, 2), np.float32)
+    x0[1, 2, 0], x0[3, 0, 1] = np.nan, -np.inf
+    np.testing.assert_array_equal(finite_rows(jnp.asarray(x0)), FINITE)
+
+
+def test_scores_are_taken_away_or_refused():
+    scores = Scores(
+        {"r": np.arange(4, dtype=np.float32)}, np.array([True, True, False, True])
+    )
+    found = leave_out(scores, FINITE, "mask")
+    np.testing.assert_array_equal(found.values["r"], [0, np.nan, 2, np.nan])
+    assert found.values["r"].dtype == np.float32
+    assert found.valid.tolist() == [True, False, False, False]
+    with pytest.raises(UserError, match="NaN or infinite") as error:
+        leave_out(scores, FINITE, "error")
+    assert error.value.got == "2 of 4: 1, 3"
+    assert leave_out(scores, np.ones(4, bool), "error") is scores
+
+
+@pytest.fixture(scope="module")
+def run():
+    """A program whose rollouts are broken for the second sample of each chunk."""
+    program = tiny_program({"rewards.weights": {"brightness": 1.0}})
+
+    def rollout(*inputs):
+        found = program.rollout(*inputs)
+        return found._replace(x0=found.x0.at[1].set(jnp.nan))
+
+    return program._replace(rollout=rollout), perturbed_state(program)
+
+
+def brightness(images, prompts):
+    return images.mean((1, 2, 3))
+
+
+def epoch(run, on_failure):
+    program, state = run
+    config = program.config.copy_and_resolve_references()
+    config.rewards.on_failure = on_failure
+    tracker = PerPromptTracker.init(len(program.prompts), 16)
+    with RewardPool({"brightness": brightness}, 2, 60.0, on_failure) as pool:
+        program = program._replace(config=config)
+        return collect(program, state, 0, pool, tracker, Timer(), Preemption())
+
+
+def test_an_epoch_stops_or_counts_them(run):
+    with pytest.raises(UserError) as error:
+        epoch(run, "error")
+    assert error.value.got == "2 of 8: 1, 5"
+    found = epoch(run, "mask")
+    assert found.metrics["reward/not_finite"] == 2.0
+    assert found.metrics["reward/brightness/missing"] == 2.0
+    assert found.metrics["reward/valid"] == 0.75
+    advantages = np.concatenate([c.advantages for c in found.chunks])
+    np.testing.assert_array_equal(advantages[[1, 5]], 0.0)
+    assert np.count_nonzero(advantages) == 6
+
+
+def test_a_policy_that_is_nan_is_not_evaluated_and_writes_no_data():
+    program = tiny_program({"evaluate.pictures": 0})
+    state = program.new_state()
+    nan = jax.tree.map(lambda a: jnp.full_like(a, jnp.nan), state.average)
+    broken = state._replace(params=nan, ema=nan)
+    evaluation = Evaluation(program, {"brightness": brightness})
+    with pytest.raises(UserError, match="NaN or infinite"):
+        evaluation.judge(broken)
+    program.config.rewards.on_failure = "mask"
+    values, _ = Evaluation(program, {"brightness": brightness}).judge(broken)
+    assert values["evaluation/valid"] == 0.0
+    assert not [name for name in values if "brightness" in name]
+    assert not [name for name in values if "diversity" in name]
+    with pytest.raises(UserError, match="NaN or infinite"):
+        list(_draw(program, broken))
