@@ -1,5 +1,6 @@
 """What an epoch works on, drawn by (seed, epoch): samples, records, trained steps."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -33,6 +34,20 @@ def draw_chunks(
 ) -> list[Minibatch]:
     """The samples of a pass in chunks, a microbatch a device, without trajectories yet.
 
+    Arguments as `each_chunk`, which draws them one at a time.
+    """
+    return list(each_chunk(program, prompts, epoch, inner, samples))
+
+
+def each_chunk(
+    program: Program,
+    prompts: Prompts,
+    epoch: int,
+    inner: int,
+    samples: np.ndarray | None = None,
+) -> Iterator[Minibatch]:
+    """The chunks of a pass, each drawn when it is asked for.
+
     Args:
       program: the run.
       prompts: of the epoch.
@@ -45,19 +60,15 @@ def draw_chunks(
     records, captions = draw_records(program, prompts.index, draw)
     source = program.objective.source  # None without a data term: nothing is read
     fetch = source.fetch if source else None
-    chunks = []
     for rows in rows_of:
         data = records[rows]
         if fetch is not None:
             data = place_fetched(program.mesh, data, fetch)
-        chunks.append(
-            program.prepare(
-                epoch, inner, rows, prompts.index[rows], data, captions[rows]
-            )
+        yield program.prepare(
+            epoch, inner, rows, prompts.index[rows], data, captions[rows]
         )
     if source is not None and source.announce is not None:
         source.announce(_next_batches(program, prompts, epoch, inner, samples))
-    return chunks
 
 
 def sample_order(config: Any, epoch: int, inner: int, count: int) -> np.ndarray:

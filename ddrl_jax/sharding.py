@@ -19,6 +19,7 @@ Rules = Mapping[str | None, tuple[str, ...]]  # logical axis -> mesh axes
 
 AXES = ("data", "fsdp", "tensor", "context")
 BATCH = ("data", "fsdp")
+READ_AT_ONCE = 16  # batches that one compiled call takes rows of
 RULES: Rules = {
     "batch": BATCH,
     "embed": ("fsdp",),
@@ -219,34 +220,44 @@ def place_batch(mesh: Mesh, tree: Any, axis: int = 0) -> Any:
     return put(tree, NamedSharding(mesh, P(*(None,) * axis, BATCH)))
 
 
-def reordered(
-    mesh: Mesh, batches: Sequence[Any], order: np.ndarray, axis: int = 0
-) -> list[Any]:
-    """Puts the rows of equal batches in another order, across batches and devices.
+def take_rows(
+    mesh: Mesh, batches: Sequence[Any], rows: np.ndarray, axis: int = 0
+) -> Any:
+    """The batch of some rows of several equal batches, wherever these lie.
 
-    One array at a time, and of it one batch at a time crosses the devices.
+    The batches are read a few at a time and never joined: beside them there is only
+    the new one.
 
     Args:
       mesh: where the batches are.
       batches: trees of arrays, split along `axis`.
-      order: [rows of all batches] of the row that comes to each place.
+      rows: which, counted through all batches; as many as a batch has.
       axis: of the rows.
     """
-    if np.array_equal(order, np.arange(len(order))):
-        return list(batches)
-    parts = put(np.split(order, len(batches)), replicated(mesh))
+    place = NamedSharding(mesh, P(*(None,) * axis, BATCH))
+    rows, found = put(np.asarray(rows, np.int32), replicated(mesh)), None
+    for first in range(0, len(batches), READ_AT_ONCE):
+        part = tuple(batches[first : first + READ_AT_ONCE])
+        found = fill_rows(found, part, rows, np.int32(first), axis=axis, place=place)
+    return found
 
-    def move(*arrays):
-        whole, place = jnp.concatenate(arrays, axis), arrays[0].sharding
-        take = lambda rows: jnp.take(whole, rows, axis, mode="clip")  # noqa: E731
-        return [jax.device_put(take(rows), place) for rows in parts]
 
-    leaves, structures = zip(*map(jax.tree.flatten, batches), strict=True)
-    moved = [move(*arrays) for arrays in zip(*leaves, strict=True)]
-    return [
-        jax.tree.unflatten(structure, [arrays[i] for arrays in moved])
-        for i, structure in enumerate(structures)
-    ]
+@partial(jax.jit, static_argnames=("axis", "place"), donate_argnames="found")
+def fill_rows(found: Any, batches: tuple, rows: Any, first: Any, *, axis, place) -> Any:
+    """Writes those of the rows that these batches have, the first of number `first`."""
+
+    def fill(*leaves: Any) -> Any:
+        batch = leaves[0].shape[axis]
+        out = jnp.zeros_like(leaves[0]) if found is None else leaves[0]
+        for number, leaf in enumerate(leaves if found is None else leaves[1:]):
+            local = rows - (first + number) * batch
+            taken = jnp.take(leaf, jnp.clip(local, 0, batch - 1), axis, mode="clip")
+            here = (local >= 0) & (local < batch)
+            shape = (*(1,) * axis, batch, *(1,) * (leaf.ndim - axis - 1))
+            out = jnp.where(here.reshape(shape), taken, out)
+        return jax.lax.with_sharding_constraint(out, place)
+
+    return jax.tree.map(fill, *(() if found is None else (found,)), *batches)
 
 
 def held_rows(mesh: Mesh, count: int) -> np.ndarray:

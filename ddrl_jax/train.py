@@ -1,6 +1,8 @@
 """The training loop: sample, judge, update, log, checkpoint, evaluate."""
 
 import sys
+from collections.abc import Iterator
+from itertools import islice
 from typing import Any
 
 import jax
@@ -10,10 +12,10 @@ from ddrl_jax.checkpoint import Checkpoints
 from ddrl_jax.collect import Collected, collect
 from ddrl_jax.config_rules import shared_settings
 from ddrl_jax.distributed import check_agreement, is_main
-from ddrl_jax.draws import draw_chunks, sample_order
+from ddrl_jax.draws import each_chunk, sample_order
 from ddrl_jax.evaluate import Evaluation
 from ddrl_jax.interfaces import Reward
-from ddrl_jax.learner import TrainState
+from ddrl_jax.learner import Minibatch, TrainState
 from ddrl_jax.metrics import ONLY_AT_END, Metrics, ProgressBar, Timer
 from ddrl_jax.metrics_file import continue_from
 from ddrl_jax.mfu import Utilization
@@ -26,7 +28,7 @@ from ddrl_jax.resume import samples_per_epoch, save, start
 from ddrl_jax.rewards.pool import RewardPool
 from ddrl_jax.rewards.registry import check_rewards, make_rewards
 from ddrl_jax.self_test import check_ratio
-from ddrl_jax.sharding import reordered
+from ddrl_jax.sharding import take_rows
 from ddrl_jax.skipped import leaf_names, report_skipped
 from ddrl_jax.terms import WEIGHTED
 from ddrl_jax.workdir import Workdir, open_workdir
@@ -178,18 +180,17 @@ def update_epoch(
     config = program.config
     if config.optimizer.fresh:
         state = program.refresh(state)
+    per_update = len(batch.chunks) // config.train.minibatches
     history = []
     for inner in range(config.train.inner_epochs):
-        chunks = batch.chunks
-        if inner:
-            chunks = _redraw(program, batch, epoch, inner)
-        per_update = len(chunks) // config.train.minibatches
-        for first in range(0, len(chunks), per_update):
-            part = tuple(chunks[first : first + per_update])
+        again = _redrawn(program, batch, epoch, inner) if inner else batch.chunks
+        chunks = iter(again)
+        while part := tuple(islice(chunks, per_update)):
             state, metrics = program.update(
                 state, program.frozen, program.reference, part
             )
             history.append(metrics)
+            del part  # before the next one is drawn
     history = jax.device_get(history)
     report_skipped(history, leaf_names(state.params), config.train.nan_limit, epoch + 1)
     return state, _summary(history)
@@ -223,23 +224,29 @@ def speeds(config: Any, values: dict, epoch: int) -> dict[str, float]:
     }
 
 
-def _redraw(program: Program, batch: Collected, epoch: int, inner: int) -> list:
-    """The same rollouts with new data draws, in the order of this pass."""
-    fresh = draw_chunks(program, batch.prompts, epoch, inner, batch.samples)
-    count = len(fresh) * program.chunk
-    order = sample_order(program.config, epoch, inner, count)
+def _redrawn(
+    program: Program, batch: Collected, epoch: int, inner: int
+) -> Iterator[Minibatch]:
+    """The same rollouts with new data draws, in the order of this pass.
+
+    A chunk at a time: no second copy of the trajectories is on the devices.
+    """
+    size = program.chunk
+    order = sample_order(program.config, epoch, inner, len(batch.chunks) * size)
+    in_place = np.array_equal(order, np.arange(len(order)))
     by_step = [(chunk.trajectory, chunk.old_log_prob) for chunk in batch.chunks]
-    by_step = reordered(program.mesh, by_step, order, axis=1)
     each = [(chunk.advantages, chunk.x0) for chunk in batch.chunks]
-    each = reordered(program.mesh, each, order)
-    return [
-        new._replace(
+    fresh = each_chunk(program, batch.prompts, epoch, inner, batch.samples)
+    for number, new in enumerate(fresh):
+        steps, rest = by_step[number], each[number]
+        if not in_place:
+            rows = order[number * size : (number + 1) * size]
+            steps = take_rows(program.mesh, by_step, rows, axis=1)
+            rest = take_rows(program.mesh, each, rows)
+        (trajectory, old), (advantages, x0) = steps, rest
+        yield new._replace(
             trajectory=trajectory, old_log_prob=old, advantages=advantages, x0=x0
         )
-        for new, (trajectory, old), (advantages, x0) in zip(
-            fresh, by_step, each, strict=True
-        )
-    ]
 
 
 def _summary(history: list[dict]) -> dict[str, float | int]:

@@ -12,10 +12,20 @@ from tiny_runs import (
     tiny_program,
 )
 
-from ddrl_jax.collect import Collected
+from ddrl_jax.collect import Collected, collect
 from ddrl_jax.draws import prompts_of, sample_order
+from ddrl_jax.metrics import Timer
 from ddrl_jax.objectives.advantages import PerPromptTracker
-from ddrl_jax.sharding import AXES, make_mesh, place_batch, reordered, to_host
+from ddrl_jax.preemption import Preemption
+from ddrl_jax.rewards.pool import RewardPool
+from ddrl_jax.sharding import (
+    AXES,
+    fill_rows,
+    make_mesh,
+    place_batch,
+    take_rows,
+    to_host,
+)
 from ddrl_jax.train import update_epoch
 
 
@@ -41,11 +51,12 @@ def test_rows_change_places_across_batches_and_devices(axis, sizes):
     whole = random.normal(size=shape).astype(np.float32)
     parts = [place_batch(mesh, a, axis) for a in np.split(whole, 3, axis)]
     order = random.permutation(24).astype(np.int32)
-    found = reordered(mesh, [{"x": part, "no": None} for part in parts], order, axis)
+    batches = [{"x": part, "no": None} for part in parts]
+    found = [take_rows(mesh, batches, rows, axis) for rows in np.split(order, 3)]
     for batch, part in zip(found, parts, strict=True):
         assert batch["no"] is None and batch["x"].sharding == part.sharding
     joined = np.concatenate([to_host(batch["x"]) for batch in found], axis)
-    np.testing.assert_array_equal(joined, whole.take(order, axis))
+    assert joined.tobytes() == whole.take(order, axis).tobytes()
 
 
 def updates(devices: int):
@@ -107,3 +118,66 @@ def test_eight_devices_have_the_minibatches_of_one():
     assert not (data[0] | data[1]) & (data[2] | data[3])
     for a, b in zip(jax.tree.leaves(after), jax.tree.leaves(other), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("count", [1, 16, 17, 40])
+def test_many_batches_are_read_in_portions(count):
+    mesh = make_mesh(dict(zip(AXES, (1, 1, 1, 1), strict=True)))
+    whole = np.arange(2.0 * count, dtype=np.float32) - 3.0
+    whole[0] = -0.0  # every bit comes along
+    parts = [place_batch(mesh, a) for a in np.split(whole, count)]
+    for rows in ([2 * count - 1, 0], [0, 0], [count, count - 1]):
+        found = take_rows(mesh, parts, np.array(rows))
+        assert np.asarray(found).tobytes() == whole[rows].tobytes()
+
+
+def test_reading_rows_needs_no_room_for_all_batches():
+    mesh = make_mesh(dict(zip(AXES, (1, 1, 1, 1), strict=True)))
+    batches = tuple(
+        place_batch(mesh, np.zeros((4, 1000), np.float32)) for _ in "x" * 16
+    )
+    rows, place = np.arange(4, dtype=np.int32), batches[0].sharding
+    compiled = fill_rows.lower(
+        batches[0], batches, rows, np.int32(0), axis=0, place=place
+    ).compile()
+    one = 4 * 1000 * 4
+    assert compiled.memory_analysis().temp_size_in_bytes <= 3 * one
+
+
+def live_bytes() -> int:
+    return sum(array.nbytes for array in jax.live_arrays())
+
+
+def bytes_of(tree) -> int:
+    return sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
+
+
+@pytest.mark.parametrize("term", ["clipped", "rwr"])
+def test_a_later_pass_holds_one_minibatch_more(term):
+    """Bytes on the device at every update of three passes over 32 samples."""
+    edits = {
+        "policy.term": term,
+        "advantages.kind": "batch",
+        "train.microbatch": 2,
+        "train.minibatches": 8,
+        "train.inner_epochs": 3,
+        "prompts.group_size": 16,
+        "rewards.weights": {"brightness": 1.0},
+    }
+    program, held = tiny_program(edits), []
+    judge = {"brightness": lambda images, prompts: images.mean((1, 2, 3))}
+    tracker, state = PerPromptTracker.init(4, 3), program.new_state()
+    with RewardPool(judge, 2, 60.0, "error") as pool:
+        batch = collect(program, state, 0, pool, tracker, Timer(), Preemption())
+    assert batch is not None and len(batch.chunks) == 16
+
+    def update(state, frozen, reference, chunks):
+        held.append(sum(array.nbytes for array in jax.live_arrays()))
+        return program.update(state, frozen, reference, chunks)
+
+    update_epoch(program._replace(update=update), state, batch, 0)
+    minibatch, epoch = bytes_of(batch.chunks[:2]), bytes_of(batch.chunks)
+    assert len(held) == 24 and epoch == 8 * minibatch
+    more = np.array(held[8:]) - held[0]
+    assert minibatch <= more.min()
+    assert more.max() < 1.6 * minibatch  # the last chunk of the one before, and metrics
