@@ -56,6 +56,8 @@ def test_what_stays_is_what_a_run_keeps_between_its_phases(lora):
         "trajectories of the epoch": live_bytes(epoch.chunks),
         "prompt embeddings": live_bytes(program.cond_table),
         "autoencoder": 0,
+        "text encoder": 0,
+        "judges": 0,
     }
     assert rows == live
     copied = live_bytes(program.sampling(state.params, program.frozen))

@@ -6,6 +6,7 @@ from typing import Any
 
 import jax.numpy as jnp
 from jax.sharding import Mesh
+from jax.tree_util import Partial
 
 from ddrl_jax.errors import UserError
 from ddrl_jax.interfaces import Cond, Params, Pipeline
@@ -158,10 +159,11 @@ def _planned_text(source: Source) -> tuple[Callable[..., Cond], Cond]:
     """Without weights: zeros in place of the empty prompt."""
     shape = (1, source.text.max_position_embeddings, source.text.hidden_size)
 
-    def encode(prompts: Sequence[str]) -> Cond:
+    def encode(params: Params, prompts: Sequence[str]) -> Cond:
         raise AssertionError("a plan has no text encoder")
 
-    return encode, Cond(jnp.zeros(shape))
+    planned = Partial(encode, network_shapes("clip_text", source.text))
+    return planned, Cond(jnp.zeros(shape))
 
 
 def load_params(source: Source, name: str, shapes: Params | None = None) -> Params:

@@ -2,8 +2,9 @@
 
 What stays is known from shapes and shardings: the state, frozen and reference weights,
 every chunk of the epoch (trajectories of all minibatches, not only of the one at work),
-prompt embeddings and autoencoder. A phase adds its copy of the weights, its results and
-the compiler's temporaries. Judges, a text encoder and pictures are not in it.
+prompt embeddings, autoencoder, text encoder and the judges' networks. A phase adds its
+copy of the weights, its results and the compiler's temporaries. Pictures, and what a
+judge needs while it looks at them, are not in it.
 """
 
 from typing import Any
@@ -13,6 +14,7 @@ import numpy as np
 
 from ddrl_jax.chips import Chip
 from ddrl_jax.data.prompts import prompt_list
+from ddrl_jax.plan.judges import judge_bytes
 from ddrl_jax.plan.lowered import Abstract, Compiled, bytes_per_device
 
 MARGIN = 0.92  # of the memory: the rest is the runtime's, and fragments
@@ -44,7 +46,15 @@ def resident(plan: Abstract) -> dict[str, int]:
         "autoencoder": _whole(
             (plan.weights.pipeline.decode, plan.weights.pipeline.encode_images)
         ),
+        "text encoder": _whole(plan.weights.pipeline.encode),
+        "judges": sum(size or 0 for size in judge_bytes(plan.config.rewards).values()),
     }
+
+
+def uncounted(plan: Abstract) -> list[str]:
+    """Judges of unknown size: a repository of the hub that is no folder here."""
+    judges = judge_bytes(plan.config.rewards)
+    return [name for name, size in judges.items() if size is None]
 
 
 def own(plan: Abstract, found: Compiled) -> dict[str, int]:

@@ -9,7 +9,7 @@ import jax
 from ddrl_jax.chips import Chip
 from ddrl_jax.plan.links import Links
 from ddrl_jax.plan.lowered import Abstract, Compiled
-from ddrl_jax.plan.memory import MARGIN, fits, own, peak, resident
+from ddrl_jax.plan.memory import MARGIN, fits, own, peak, resident, uncounted
 from ddrl_jax.plan.roofline import Bounds, bounds, sent
 from ddrl_jax.plan.search import LEAST, Suggestion
 
@@ -57,6 +57,8 @@ def _memory(plan: Abstract, compiled: list[Compiled], chip: Chip) -> Iterator[st
     stays, peaks = resident(plan), {}
     for name, size in stays.items():
         yield _row(name, size)
+    for name in uncounted(plan):
+        yield f"  not counted, no folder with its config.json is here: {name}"
     for found in compiled:
         for name, size in own(plan, found).items():
             if size or name.startswith("temporaries"):
