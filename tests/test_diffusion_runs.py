@@ -9,10 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from tfds_set import write_set
 from tiny_runs import perturbed
 
 from ddrl_jax.check_config import check_config
 from ddrl_jax.command_line import load_config, override
+from ddrl_jax.data import images, latent_writer, record_table
 from ddrl_jax.errors import UserError
 from ddrl_jax.main import run
 from ddrl_jax.program import build
@@ -81,6 +83,49 @@ def test_ddrl_from_a_folder_and_from_samples(tmp_path, capsys, monkeypatch):
         assert after["data/loss"] > 0 and after["grad_norm"] > 0
         losses = [row["data/heldout_loss"] for row in (before, after)]
         assert np.isfinite(losses).all() and losses[0] != losses[1]
+
+
+def counted(monkeypatch, place, name: str, calls: list[str]) -> None:
+    """Notes in `calls` that place.name was called."""
+    real = getattr(place, name)
+
+    def noted(*args, **kwargs):
+        calls.append(name)
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(place, name, noted)
+
+
+@pytest.mark.slow
+def test_ddrl_from_a_tfds_set_encodes_it_once_and_streams_it_after(
+    tmp_path, monkeypatch
+):
+    calls: list[str] = []
+    counted(monkeypatch, latent_writer, "_encode_span", calls)  # pictures by the VAE
+    counted(monkeypatch, latent_writer, "_say_span", calls)  # captions by the encoder
+    counted(monkeypatch, images, "decode_picture", calls)
+    counted(monkeypatch, record_table.Table, "read", calls)
+    name = write_set(tmp_path / "sets", (*WORDS, ""))
+    keys = ("data.source=tfds", f"data.path={name}", "data.split=validation")
+    keys += (f"data.tfds_dir={tmp_path / 'sets'}", "data.image_feature=photo")
+    keys += ("data.caption_feature=texts", "data.on_bad=skip", "data.heldout=1")
+    keys += (f"data.cache={tmp_path / 'cache'}",)
+    lines = trained("aesthetic.py:ddrl-smoke", tmp_path / "first", *keys)
+    assert set(calls) == {"_encode_span", "_say_span", "decode_picture", "read"}
+    [cache] = (tmp_path / "cache").glob("latents-*")
+    assert {file.name for file in cache.glob("*.array_record")} == {
+        "latents-00000.array_record",
+        "texts-00000.array_record",
+    }
+    assert lines[1]["data/loss"] > 0 and lines[1]["policy/ratio_max_deviation"] == 0
+    assert lines[1]["data/skipped"] == 1  # the one without a caption
+    calls.clear()
+    again = trained("aesthetic.py:ddrl-smoke", tmp_path / "second", *keys)
+    assert set(calls) == {"read"}  # of the cache alone
+    timed = ("time/", "samples_per_second", "perf/")
+    plain = [{k: v for k, v in row.items() if not k.startswith(timed)} for row in lines]
+    for row, other in zip(plain, again, strict=True):
+        assert row == {k: v for k, v in other.items() if k in row}
 
 
 def test_only_what_is_trained_on_data_needs_them():
