@@ -1,12 +1,14 @@
 """Reading the JSON description of a network: what we can not honour is refused."""
 
 import dataclasses
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, TypeVar
 
 from ddrl_jax.errors import UserError
 
 T = TypeVar("T")
+# Whether a value is accepted, and what is.
+Check = tuple[Callable[[Any], bool], str]
 
 
 def read_config(
@@ -16,6 +18,8 @@ def read_config(
     *,
     only: Mapping[str, tuple] | None = None,
     ignored: Collection[str] = (),
+    checks: Mapping[str, Check] | None = None,
+    off: tuple = (),
 ) -> T:
     """Fills a dataclass from JSON, key by key.
 
@@ -26,19 +30,24 @@ def read_config(
       given: the JSON object. Keys that begin with "_" are a writer's own notes.
       only: keys that are no field, and the values of them that change nothing for us.
       ignored: keys that do not touch what the network computes.
+      checks: fields whose default does not tell what we accept; lists come as tuples.
+      off: values with which a key that nobody knows asks for nothing.
 
     Raises:
       UserError: a key or value that the network can not honour; all are listed.
     """
     defaults = {field.name: field.default for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
-    values, problems = {}, []
+    values, problems, checks = {}, [], checks or {}
     for key, value in given.items():
-        if key in defaults:
+        if key in checks:
+            values[key] = as_tuple(value)
+            wanted = "" if checks[key][0](values[key]) else checks[key][1]
+        elif key in defaults:
             values[key], wanted = _as(defaults[key], value)
         elif key in (only or {}):
             wanted = "" if _in(value, (only or {})[key]) else f"{(only or {})[key]}"
         else:
-            skip = key.startswith("_") or key in ignored
+            skip = key.startswith("_") or key in ignored or _in(value, off)
             wanted = "" if skip else "no such key"
         if wanted:
             problems.append(f"{key} = {value!r} ({wanted})")
@@ -58,9 +67,24 @@ def refuse(what: str, problems: Collection[str]) -> None:
         )
 
 
+def as_tuple(value: Any) -> Any:
+    """A list as a tuple, anything else as it is."""
+    return tuple(value) if isinstance(value, list) else value
+
+
+def positive(value: Any) -> bool:
+    """Whether a value of JSON is a whole number above 0."""
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+def number(value: Any) -> bool:
+    """Whether a value of JSON is a number."""
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
 def _in(value: Any, accepted: tuple) -> bool:
     """Membership that knows True from 1 and compares lists as tuples."""
-    value = tuple(value) if isinstance(value, list) else value
+    value = as_tuple(value)
     return any(type(value) is type(a) and value == a for a in accepted)
 
 
@@ -71,13 +95,8 @@ def _as(default: Any, value: Any) -> tuple[Any, str]:
     if isinstance(default, str):
         return value, "" if isinstance(value, str) else "a string"
     if isinstance(default, int):
-        return value, "" if _positive(value) else "a whole number above 0"
+        return value, "" if positive(value) else "a whole number above 0"
     if isinstance(default, float):
-        number = isinstance(value, int | float) and not isinstance(value, bool)
-        return (float(value), "") if number else (value, "a number")
-    fine = isinstance(value, list | tuple) and value and all(map(_positive, value))
+        return (float(value), "") if number(value) else (value, "a number")
+    fine = isinstance(value, list | tuple) and value and all(map(positive, value))
     return (tuple(value), "") if fine else (value, "a list of whole numbers above 0")
-
-
-def _positive(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value > 0

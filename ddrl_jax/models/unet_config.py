@@ -5,10 +5,10 @@ mathematics to something this package does not have is an error that names it.
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
-from ddrl_jax.errors import UserError
+from ddrl_jax.models.network_config import Check, number, positive, read_config, refuse
 
 DOWN_BLOCKS = ("DownBlock2D", "CrossAttnDownBlock2D")
 UP_BLOCKS = ("UpBlock2D", "CrossAttnUpBlock2D")
@@ -18,8 +18,8 @@ ACCEPTED: Mapping[str, tuple[Any, ...]] = {
     "_class_name": ("UNet2DConditionModel",),
     "mid_block_type": ("UNetMidBlock2DCrossAttn",),
     "downsample_padding": (1,),
-    "mid_block_scale_factor": (1,),
-    "dropout": (0,),  # the policy has no random numbers but the sampler's
+    "mid_block_scale_factor": (1, 1.0),
+    "dropout": (0, 0.0),  # the policy has no random numbers but the sampler's
     "act_fn": ("silu", "swish"),
     "reverse_transformer_layers_per_block": (None,),
     "encoder_hid_dim": (None,),
@@ -34,7 +34,7 @@ ACCEPTED: Mapping[str, tuple[Any, ...]] = {
     "addition_time_embed_dim": (None,),
     "resnet_time_scale_shift": ("default",),
     "resnet_skip_time_act": (False,),
-    "resnet_out_scale_factor": (1,),
+    "resnet_out_scale_factor": (1, 1.0),
     "time_embedding_type": ("positional",),
     "time_embedding_dim": (None,),
     "time_embedding_act_fn": (None,),
@@ -106,30 +106,26 @@ class UNetConfig:
     use_linear_projection: bool = False
 
     @classmethod
-    def from_json(cls, config: Mapping[str, Any]) -> "UNetConfig":
+    def from_json(cls, given: Mapping[str, Any]) -> "UNetConfig":
         """Reads the content of a config.json.
 
         Args:
-          config: the file as a dict; keys that are absent have the format's defaults.
+          given: the file as a dict; keys that are absent have the format's defaults.
 
         Raises:
           UserError: keys or values that this network can not honour, all of them.
         """
-        fields = {f.name for f in dataclasses.fields(cls)}
-        known = {k: _hashable(v) for k, v in config.items() if k in fields}
-        others = {k: v for k, v in config.items() if k not in fields}
-        wrong = {k: want for k, v in others.items() if (want := _refusal(k, v))}
-        wrong |= {k: w for k, v in known.items() if (w := _wrong_type(k, v))}
-        wrong = wrong or _contradictions(cls(**known))
-        if not wrong:
-            return cls(**known)
-        raise UserError(
-            "the UNet's config.json asks for what is not supported: "
-            + ", ".join(wrong),
-            got=", ".join(f"{k}={config.get(k, '(default)')!r}" for k in wrong),
-            wanted="; ".join(f"{k}: {want}" for k, want in wrong.items()),
-            way_out="use a Stable Diffusion 1.x or 2.x model",
+        config = read_config(
+            cls,
+            "UNet",
+            given,
+            only=ACCEPTED,
+            ignored=HARMLESS,
+            checks=CHECKS,
+            off=(None, False),
         )
+        refuse("UNet", list(_contradictions(config)))
+        return config
 
     @property
     def heads(self) -> tuple[int, ...]:
@@ -148,52 +144,22 @@ def _each_level(value: Any, config: UNetConfig) -> tuple:
     return value if many else (value,) * len(config.block_out_channels)
 
 
-def _hashable(value: Any) -> Any:
-    return tuple(value) if isinstance(value, list) else value
-
-
-def _refusal(key: str, value: Any) -> str:
-    """What was wanted for a key that we do not read; "" if its value is harmless."""
-    if key in ACCEPTED:
-        fine = any(value == v and type(value) in _like(v) for v in ACCEPTED[key])
-        return "" if fine else " or ".join(map(repr, ACCEPTED[key]))
-    if key in HARMLESS or key.startswith("_") or value is None or value is False:
-        return ""
-    return "None or absent (an unknown key)"
-
-
-def _like(value: Any) -> tuple[type, ...]:
-    """1 and 1.0 are the same in JSON; True is neither."""
-    return (int, float) if type(value) in (int, float) else (type(value),)
-
-
-def _is_count(value: Any) -> bool:
-    return type(value) is int and value > 0
-
-
-def _is_number(value: Any) -> bool:
-    return type(value) in (int, float)
-
-
-def _is_bool(value: Any) -> bool:
-    return type(value) is bool
-
-
 def _tuple_of(check: Any) -> Any:
     return lambda v: isinstance(v, tuple) and len(v) > 0 and all(map(check, v))
 
 
-_COUNTS, _BOOLS = _tuple_of(_is_count), _tuple_of(_is_bool)
-_TYPES: Mapping[str, tuple[Any, str]] = {
-    "in_channels": (_is_count, "a positive integer"),
-    "out_channels": (_is_count, "a positive integer"),
+def _is_bool(value: Any) -> bool:
+    return isinstance(value, bool)
+
+
+_COUNTS, _BOOLS = _tuple_of(positive), _tuple_of(_is_bool)
+# Fields that may be one of two kinds, or are names.
+CHECKS: Mapping[str, Check] = {
     "sample_size": (
-        lambda v: v is None or _is_count(v) or (_COUNTS(v) and len(v) == 2),
+        lambda v: v is None or positive(v) or (_COUNTS(v) and len(v) == 2),
         "an integer, two of them, or None",
     ),
-    "center_input_sample": (_is_bool, "true or false"),
-    "flip_sin_to_cos": (_is_bool, "true or false"),
-    "freq_shift": (_is_number, "a number"),
+    "freq_shift": (number, "a number"),
     "down_block_types": (
         _tuple_of(lambda v: v in DOWN_BLOCKS),
         "a list of " + " and ".join(DOWN_BLOCKS),
@@ -206,27 +172,16 @@ _TYPES: Mapping[str, tuple[Any, str]] = {
         lambda v: _is_bool(v) or _BOOLS(v),
         "true, false or a list of them",
     ),
-    "block_out_channels": (_COUNTS, "a list of positive integers"),
-    "layers_per_block": (_is_count, "one positive integer"),
-    "norm_num_groups": (_is_count, "a positive integer"),
-    "norm_eps": (lambda v: _is_number(v) and v > 0, "a positive number"),
-    "cross_attention_dim": (_is_count, "one positive integer"),
-    "transformer_layers_per_block": (_is_count, "one positive integer"),
+    "norm_eps": (lambda v: number(v) and v > 0, "a positive number"),
     "attention_head_dim": (
-        lambda v: _is_count(v) or _COUNTS(v),
+        lambda v: positive(v) or _COUNTS(v),
         "a positive integer or a list of them",
     ),
-    "use_linear_projection": (_is_bool, "true or false"),
 }
 
 
-def _wrong_type(key: str, value: Any) -> str:
-    check, wanted = _TYPES[key]
-    return "" if check(value) else wanted
-
-
-def _contradictions(config: UNetConfig) -> dict[str, str]:
-    """Values that are fine alone and do not fit together: key -> what was wanted."""
+def _contradictions(config: UNetConfig) -> Iterator[str]:
+    """Values that are fine alone and do not fit together, and what was wanted."""
     channels, groups = config.block_out_channels, config.norm_num_groups
     lists = {
         "down_block_types": config.down_block_types,
@@ -234,15 +189,18 @@ def _contradictions(config: UNetConfig) -> dict[str, str]:
         "attention_head_dim": config.heads,
         "only_cross_attention": config.only_cross,
     }
-    wanted = f"{len(channels)} values, as many as block_out_channels has"
-    wrong = {k: wanted for k, v in lists.items() if len(v) != len(channels)}
+    for key, value in lists.items():
+        if len(value) != len(channels):
+            wanted = f"{len(channels)} values, as many as block_out_channels has"
+            yield f"{key} = {list(value)} ({wanted})"
     if any(c % groups for c in channels):
-        wrong["norm_num_groups"] = f"a divisor of each of {channels}"
+        yield f"norm_num_groups = {groups} (a divisor of each of {channels})"
     pairs = zip(channels, config.heads, strict=False)
     if any(c % heads for c, heads in pairs):
-        wrong.setdefault("attention_head_dim", f"divisors of {channels}")
+        given = config.attention_head_dim
+        yield f"attention_head_dim = {given} (divisors of {channels})"
     if config.freq_shift >= channels[0] // 2:
-        wrong["freq_shift"] = f"less than {channels[0] // 2} frequencies"
+        most = channels[0] // 2
+        yield f"freq_shift = {config.freq_shift} (less than {most} frequencies)"
     if channels[0] % 2:
-        wrong["block_out_channels"] = "an even number first (time features)"
-    return wrong
+        yield f"block_out_channels = {list(channels)} (an even number first)"

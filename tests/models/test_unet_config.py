@@ -121,15 +121,14 @@ def test_stable_diffusion_2_has_heads_a_level_and_linear_projections():
 def test_what_can_not_be_honoured_is_refused_by_name(key):
     with pytest.raises(UserError) as e:
         UNetConfig.from_json(SD1 | {key: REFUSED[key]})
-    assert key in e.value.what and repr(REFUSED[key]) in str(e.value.got)
-    assert key + ": " in e.value.wanted
+    assert f"{key} = {REFUSED[key]!r} (" in str(e.value.got)
 
 
 def test_all_that_is_refused_is_in_one_message():
     keys = ("class_embed_type", "addition_embed_type", "layers_per_block")
     with pytest.raises(UserError) as e:
         UNetConfig.from_json(SD1 | {k: REFUSED[k] for k in keys})
-    assert all(k in e.value.what for k in keys)
+    assert all(f"{k} = {REFUSED[k]!r}" in str(e.value.got) for k in keys)
 
 
 @pytest.mark.parametrize("key", ACCEPTED)
@@ -140,5 +139,7 @@ def test_what_changes_nothing_is_accepted(key):
 
 
 def test_heads_must_be_as_many_as_the_levels():
-    with pytest.raises(UserError, match="attention_head_dim: 4 values"):
+    with pytest.raises(
+        UserError, match=r"attention_head_dim = \[5, 10, 20\] \(4 values"
+    ):
         UNetConfig.from_json(SD2 | {"attention_head_dim": [5, 10, 20]})
