@@ -23,7 +23,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from ddrl_jax.errors import UserError
+from ddrl_jax.errors import TryAgain, UserError
 from ddrl_jax.interfaces import Scores
 from ddrl_jax.surroundings import check_alone
 from ddrl_jax.watch import Watch
@@ -103,7 +103,7 @@ def joined(where: Place | None) -> Iterator[None]:
         TPU pod, GKE.
 
     Raises:
-      UserError: the processes do not come together.
+      TryAgain: the processes do not come together.
     """
     if not _initialize(where) or jax.process_count() == 1:
         yield
@@ -153,11 +153,11 @@ def _initialize(where: Place | None) -> bool:
     return True
 
 
-def _not_together(where: Place | None, error: Exception) -> UserError:
+def _not_together(where: Place | None, error: Exception) -> TryAgain:
     given = "a cluster"
     if where is not None:
         given = f"{where.coordinator}, process {where.process} of {where.processes}"
-    return UserError(
+    return TryAgain(
         "the processes of the run do not come together",
         got=f"{given}: {' '.join(str(error).split())[:500]}",
         wanted=f"all of them within {ARRIVAL} s, and process 0 at the coordinator's "

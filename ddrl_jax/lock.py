@@ -18,9 +18,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ddrl_jax.errors import UserError
+from ddrl_jax.errors import EXIT_ERROR, UserError
 
-EXIT_LOST = 2
 SIZE = 400  # bytes of the file, always: a beat needs no room on a full disk
 
 
@@ -274,4 +273,4 @@ def _print(line: str) -> None:
 def _end(by: str) -> None:
     """Nothing may be written any more into a folder that another run has."""
     _print(f"error: {by} has taken over the workdir: this process was silent too long")
-    os._exit(EXIT_LOST)
+    os._exit(EXIT_ERROR)

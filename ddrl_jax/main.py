@@ -1,7 +1,8 @@
 """The command line: `python -m ddrl_jax.main --config=FILE[:variant] --workdir=DIR`.
 
 Nothing slow is imported before the command line has been understood. A problem that the
-user can fix ends in one message on stderr and exit status 2, without a traceback.
+user can fix ends in one message on stderr and exit status 2, without a traceback; 75 is
+the status where another process of the run is gone, and nothing has to be fixed.
 """
 
 import errno
@@ -9,8 +10,8 @@ import os
 import sys
 import tempfile
 import traceback
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 
 from ml_collections import ConfigDict
 
@@ -19,7 +20,6 @@ from ddrl_jax.command_line import Command, help_text, parse
 from ddrl_jax.errors import UserError
 
 EXIT_CRASH = 1
-EXIT_ERROR = 2
 EXIT_INTERRUPTED = 130  # what a shell reports of a program ended by Ctrl-C
 
 
@@ -35,23 +35,15 @@ def run(argv: Sequence[str], *, join: bool = False) -> int:
         if {"--help", "-h", "-help"} & set(argv[1:]):
             print(help_text())
             return 0
-        _dispatch(parse(argv), join)
+        with _disk_explained():
+            _dispatch(parse(argv), join)
         return 0
     except UserError as error:
-        return _complain(error)
-    except OSError as error:
-        problem = _disk_problem(error)
-        if problem is None:
-            raise
-        return _complain(problem)
+        print(f"ddrl_jax: error: {error}", file=sys.stderr, flush=True)
+        return error.status
     except KeyboardInterrupt:
         print("\nddrl_jax: interrupted", file=sys.stderr, flush=True)
         return EXIT_INTERRUPTED
-
-
-def _complain(error: UserError) -> int:
-    print(f"ddrl_jax: error: {error}", file=sys.stderr, flush=True)
-    return EXIT_ERROR
 
 
 def main() -> None:
@@ -92,7 +84,8 @@ def _dispatch(command: Command, join: bool) -> None:
 
     where = place(command.place, os.environ)
     more = (command.profile,) if command.profile else ()  # only of mode train
-    with joined(where) if join else nullcontext():
+    # The other processes are told of a full disk as of any other mistake.
+    with joined(where) if join else nullcontext(), _disk_explained():
         used = without_data(config) if mode in DATALESS else config
         check_config(used, _device_count())
         check_agreement(
@@ -139,6 +132,17 @@ def _enable_compilation_cache() -> None:
     if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
         # Start-up is many small programs, so they are worth keeping as well.
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+
+
+@contextmanager
+def _disk_explained() -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        problem = _disk_problem(error)
+        if problem is None:
+            raise
+        raise problem from error
 
 
 def _disk_problem(error: OSError) -> UserError | None:

@@ -17,7 +17,7 @@ from typing import Any
 
 import jax
 
-from ddrl_jax.errors import UserError
+from ddrl_jax.errors import EXIT_AGAIN, TryAgain, UserError
 
 MEETING = "ddrl_jax/watch"  # where process 0 says how it is reached
 END = "ddrl_jax/end"  # the barrier after which connections may close
@@ -26,7 +26,6 @@ HELLO = 5.0  # seconds in which whoever calls has to say who it is
 ECHO = 3.0  # seconds in which the cause of an error of ours may show in another process
 FAREWELL = 3.0  # seconds that process 0 waits for the others to have read
 FOREVER_MS = 30 * 24 * 3600 * 1000
-EXIT_ERROR = 2
 
 
 class Watch:
@@ -58,7 +57,8 @@ class Watch:
             time.sleep(ECHO)
         self._ending.acquire()  # for good: the end of the others is no news any more
         what = getattr(error, "what", None) or f"{type(error).__name__}: {error}"
-        self._tell_and_wait(f"{self._me()}: {what[:1000]}")
+        status = getattr(error, "status", EXIT_AGAIN)  # a mistake is the whole run's
+        self._tell_and_wait(f"{self._me()}: {what[:1000]}", status)
 
     def finish(self) -> None:
         """Waits for all processes to be done; then nobody is missed any more."""
@@ -131,33 +131,36 @@ class Watch:
         for line in lines:
             message = json.loads(line)
             if "stop" in message:
-                self._end(message["stop"])
+                self._end(message["stop"], message["status"])
             if "bye" in message:
                 self._left.add(call)
         if not said and call not in self._left:
-            self._end(f"{self._names[call]} ended without a word, as when killed")
+            cause = f"{self._names[call]} ended without a word, as when killed"
+            self._end(cause, EXIT_AGAIN)
         return bool(said)
 
-    def _end(self, cause: str) -> None:
+    def _end(self, cause: str, status: int) -> None:
         """Ends this process because of another one, and tells those that follow."""
         self._ending.acquire()
-        error = UserError(
+        error = TryAgain(
             "the run has ended because one of its processes has",
             got=cause,
             wanted=f"all {self._count} processes to the end",
             way_out="start all of them again with the same command: the run goes on "
-            "from its last checkpoint",
+            "from its last checkpoint"
+            if status == EXIT_AGAIN
+            else "see what that process says, and start all of them again",
         )
         # os.write: it has to be out before anything else of this process ends it.
         os.write(2, f"ddrl_jax: error: {error}\n".encode())
-        self._tell_and_wait(cause)
-        os._exit(EXIT_ERROR)
+        self._tell_and_wait(cause, status)
+        os._exit(status)
 
-    def _tell_and_wait(self, cause: str) -> None:
+    def _tell_and_wait(self, cause: str, status: int) -> None:
         """Says why; process 0, whose end ends the others, lets them read it first."""
         sys.stdout.flush()
         sys.stderr.flush()
-        self._send({"stop": cause})
+        self._send({"stop": cause, "status": status})
         limit = time.monotonic() + FAREWELL
         calls = [c for c in self._names if c not in self._left] * (self._index == 0)
         for call in calls:

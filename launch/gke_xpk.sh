@@ -31,10 +31,11 @@ else
   platform=tpu
   devices=(--tpu-type="${OPTION[tpu]}" --num-slices="${OPTION[slices]:-1}")
 fi
-# 2 is how the other processes end when one is killed; xpk itself restarts after 127-255.
+# 75 is how the others end when a process is gone; xpk itself restarts after 127-255, and
+# not after 2, a mistake that the program has explained.
 run xpk workload create --workload="${OPTION[name]}" --cluster="${OPTION[cluster]}" \
   --project="${OPTION[project]}" --zone="${OPTION[zone]}" "${devices[@]}" \
   --docker-image="${OPTION[image]}" --storage="${OPTION[storage]}" \
-  --max-restarts="${OPTION[restarts]:-50}" --restart-on-exit-codes=2 \
+  --max-restarts="${OPTION[restarts]:-50}" --restart-on-exit-codes=75 \
   --termination-grace-period-seconds=120 \
   --command="bash launch/run.sh --platform=$platform $(quoted "${PROGRAM[@]}")"

@@ -10,8 +10,9 @@
 #
 # Everything else goes to python -m ddrl_jax.main. Caches lie beside the workdir unless
 # they are set: a restart on new machines compiles nothing again, and neither downloads
-# weights nor encodes its data again. Exit status: the program's, but 143 where a notice
-# of preemption (SIGTERM) ended it, which tells a scheduler to start it again; the same
+# weights nor encodes its data again. Exit status: the program's (2 for a mistake that it
+# explains, 75 where another process of the run is gone), but 143 where a notice of
+# preemption (SIGTERM) ended it. 75 and 143 tell a scheduler to start it again; the same
 # command goes on from the last checkpoint.
 set -euo pipefail
 # shellcheck source=launch/arguments.sh

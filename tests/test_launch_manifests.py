@@ -13,6 +13,8 @@ import yaml
 from launch_machine import LAUNCH, OPTIONS, PROGRAM, ROOT, Machine, commands
 from yaml_schema import violations
 
+from ddrl_jax.errors import EXIT_AGAIN, EXIT_ERROR
+
 GOOD = "--config.checkpoint.resume=last_good"
 SCHEMAS = json.loads((ROOT / "tests" / "launch_schemas.json").read_text())
 
@@ -64,15 +66,57 @@ def test_only_spot_nodes_are_asked_for_as_spot(machine):
 def test_preemptions_do_not_use_up_the_restarts(machine):
     spec = _jobset(machine)["spec"]
     job = spec["replicatedJobs"][0]["template"]["spec"]
-    disrupted, noticed = job["podFailurePolicy"]["rules"]
+    disrupted, noticed, mistaken = job["podFailurePolicy"]["rules"]
     assert disrupted["onPodConditions"][0]["type"] == "DisruptionTarget"
     assert noticed["onExitCodes"]["values"] == [143]
     container = job["template"]["spec"]["containers"][0]
     assert noticed["onExitCodes"]["containerName"] == container["name"]
-    assert {disrupted["action"], noticed["action"]} == {"FailJob"}
-    (rule,) = spec["failurePolicy"]["rules"]
-    assert rule["onJobFailureReasons"] == ["PodFailurePolicy"]
-    assert rule["action"] == "RestartJobSetAndIgnoreMaxRestarts"
+    assert mistaken["onExitCodes"]["values"] == [EXIT_ERROR]
+    assert mistaken["onExitCodes"]["containerName"] == container["name"]
+    actions = {rule["action"] for rule in (disrupted, noticed, mistaken)}
+    assert actions == {"FailJob"}
+
+
+# What Kubernetes says of a Job that a rule of its podFailurePolicy ended (KEP-3329),
+# and of one that a failure without a rule ended.
+EXITED = "Container ddrl-jax for pod default/n-0 failed with exit code {} matching "
+RULE = "FailJob rule at index 1"
+DISRUPTED = "Pod default/n-0 has condition DisruptionTarget matching " + RULE
+BACKOFF = ("BackoffLimitExceeded", "Job has reached the specified backoff limit")
+
+
+@pytest.mark.parametrize(
+    ("reason", "message", "action"),
+    [
+        ("PodFailurePolicy", DISRUPTED, "RestartJobSetAndIgnoreMaxRestarts"),
+        (
+            "PodFailurePolicy",
+            EXITED.format(143) + RULE,
+            "RestartJobSetAndIgnoreMaxRestarts",
+        ),
+        ("PodFailurePolicy", EXITED.format(EXIT_ERROR) + RULE, "FailJobSet"),
+        (*BACKOFF, "RestartJobSet"),
+    ],
+)
+def test_what_jobset_does_with_an_end(reason, message, action, machine):
+    """The first rule that applies; without one it restarts, and counts."""
+    rules = _jobset(machine)["spec"]["failurePolicy"]["rules"]
+    found = [
+        rule["action"]
+        for rule in rules
+        if reason in rule["onJobFailureReasons"]
+        and any(
+            re.search(p, message) for p in rule.get("onJobFailureMessagePatterns", [""])
+        )
+    ]
+    assert (found or ["RestartJobSet"])[0] == action
+
+
+def test_xpk_starts_again_what_lost_a_process_and_no_mistake(machine):
+    options = [*OPTIONS["gke_xpk"], *PROGRAM, "--dry-run"]
+    (words,) = commands(machine.run("gke_xpk.sh", *options).stdout)
+    assert f"--restart-on-exit-codes={EXIT_AGAIN}" in words
+    assert EXIT_AGAIN != EXIT_ERROR
 
 
 def test_the_skypilot_task_has_published_fields_only():

@@ -3,6 +3,8 @@
 import pytest
 from launch_machine import PROGRAM, Machine
 
+from ddrl_jax.errors import EXIT_AGAIN, EXIT_ERROR
+
 
 @pytest.fixture
 def machine(tmp_path):
@@ -18,16 +20,30 @@ sys.exit({status})
 
 
 @pytest.mark.parametrize(
-    "status, state, requeued",
-    [(143, "RUNNING", True), (143, "CANCELLED", False), (0, "RUNNING", False)],
+    "status, state, before, requeued",
+    [
+        (143, "RUNNING", 0, True),
+        (143, "RUNNING", 99, True),
+        (143, "CANCELLED", 0, False),
+        (EXIT_AGAIN, "RUNNING", 0, True),
+        (EXIT_AGAIN, "RUNNING", 19, True),
+        (EXIT_AGAIN, "RUNNING", 20, False),
+        (EXIT_AGAIN, "CANCELLED", 0, False),
+        (137, "RUNNING", 19, True),
+        (137, "RUNNING", 20, False),
+        (EXIT_ERROR, "RUNNING", 0, False),
+        (1, "RUNNING", 0, False),
+        (0, "RUNNING", 0, False),
+    ],
 )
-def test_slurm_requeues_only_what_was_told_of_its_limit(
-    status, state, requeued, machine
+def test_slurm_requeues_what_was_told_of_its_limit_or_lost_a_task(
+    status, state, before, requeued, machine
 ):
     machine.add("srun", SRUN.format(status=status))
     machine.add("squeue", f"print({state!r})")
     machine.add("scontrol")
     given = {"SLURM_JOB_ID": "42", "SLURM_CPUS_PER_TASK": "8"}
+    given |= {"SLURM_RESTART_COUNT": str(before)} if before else {}
     result = machine.run("slurm.sbatch", *PROGRAM, **given)
     assert result.returncode == status
     start = ["srun", "--kill-on-bad-exit=0", "bash", "launch/run.sh", "--platform=gpu"]

@@ -43,7 +43,8 @@ if "detached.sh follow" in command:
     if outcome != "0":
         sys.exit(255)
 if "detached.sh status" in command:
-    print("Using ssh batch size of 2", "ddrl_jax: ended 2", sep="\\n")
+    other = 2 if ended.read_text() == "ended 2" else 75  # a mistake is all workers'
+    print("Using ssh batch size of 2", f"ddrl_jax: ended {other}", sep="\\n")
     print("ddrl_jax: " + ended.read_text())
 """
 ONCE = ["scp", "prepare", "start", "follow"]

@@ -20,7 +20,7 @@ from process_runs import (
     to_its_end,
 )
 
-EXIT_OTHERS = 2
+from ddrl_jax.errors import EXIT_AGAIN
 
 pytestmark = pytest.mark.unoptimised
 
@@ -188,7 +188,7 @@ def killed(workdir: Path, run: list, victim: int) -> int:
     assert time.monotonic() - begin < 30
     assert found[victim][0] == -signal.SIGKILL
     for status, _, errors in found[:victim] + found[victim + 1 :]:
-        assert status == EXIT_OTHERS, errors
+        assert status == EXIT_AGAIN, errors
         assert errors.count("error: the run has ended because one of its") == 1
         assert f"got:     process {victim} " in errors and "Traceback" not in errors
     done = len(metrics_lines(workdir)) - 1  # epochs whose metrics were written
