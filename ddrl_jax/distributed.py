@@ -26,7 +26,7 @@ from jax.sharding import PartitionSpec as P
 from ddrl_jax.errors import TryAgain, UserError
 from ddrl_jax.interfaces import Scores
 from ddrl_jax.surroundings import check_alone
-from ddrl_jax.watch import Watch
+from ddrl_jax.watch import FOREVER_MS, Rank, Watch
 
 HEARTBEAT = 25  # seconds without a word from a process until the others end
 ARRIVAL = 300  # seconds that the processes of a run may take to come together
@@ -105,13 +105,18 @@ def joined(where: Place | None) -> Iterator[None]:
     Raises:
       TryAgain: the processes do not come together.
     """
-    if not _initialize(where) or jax.process_count() == 1:
-        yield
-        return
     from jax._src.distributed import global_state  # Orbax and Flax read it too
 
+    if not _initialize(where) or global_state.num_processes == 1:
+        yield
+        return
     try:
-        watch = Watch(global_state.client, str(global_state.coordinator_address))
+        # Asks no device: one that can not be started is told to the others as well.
+        watch = Watch(
+            global_state.client,
+            str(global_state.coordinator_address),
+            Rank(global_state.process_id, global_state.num_processes),
+        )
     except (OSError, RuntimeError) as error:  # a socket's, or the service's
         raise _not_together(where, error) from error
     try:
@@ -225,13 +230,25 @@ def meet(mesh: Mesh) -> None:
 
 
 def main_first(work: Callable[[], T]) -> T:
-    """Runs work on process 0, then on the others, which find what it has written."""
+    """Runs work on process 0, then on the others, which find what it has written.
+
+    However long it takes: an operation of devices would wait for its other side only as
+    long as its library does.
+    """
     if is_main():
         found = work()
-        every(np.zeros(1))
+        _wait_for_all("main_first")
         return found
-    every(np.zeros(1))
+    _wait_for_all("main_first")
     return work()
+
+
+def _wait_for_all(name: str) -> None:
+    """Returns when all processes have called it; `Watch` sees those that have ended."""
+    from jax._src.distributed import global_state
+
+    if global_state.client is not None:
+        global_state.client.wait_at_barrier(f"ddrl_jax/{name}", FOREVER_MS)
 
 
 def check_shared(file: Path) -> None:

@@ -13,9 +13,7 @@ import socket
 import sys
 import threading
 import time
-from typing import Any
-
-import jax
+from typing import Any, NamedTuple
 
 from ddrl_jax.errors import EXIT_AGAIN, TryAgain, UserError
 
@@ -28,17 +26,25 @@ FAREWELL = 3.0  # seconds that process 0 waits for the others to have read
 FOREVER_MS = 30 * 24 * 3600 * 1000
 
 
+class Rank(NamedTuple):
+    """Which process of how many."""
+
+    index: int
+    count: int
+
+
 class Watch:
     """The connections of one process, and the thread that reads them.
 
     Args:
       client: of jax.distributed.
       coordinator: its HOST:PORT; process 0 is reached at this host.
+      rank: of this process.
     """
 
-    def __init__(self, client: Any, coordinator: str):
-        self._client, self._index = client, jax.process_index()
-        self._count = jax.process_count()
+    def __init__(self, client: Any, coordinator: str, rank: Rank):
+        self._client = client
+        self._index, self._count = rank
         self._names: dict[socket.socket, str] = {}
         self._left: set[socket.socket] = set()  # those that have said goodbye
         self._partial: dict[socket.socket, bytes] = {}

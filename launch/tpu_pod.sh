@@ -41,6 +41,7 @@ esac
 runtime=${OPTION[runtime]:-$runtime}
 archive=/tmp/ddrl_jax-$name.tar.gz
 pause=${POLL_SECONDS:-30}
+tries=${SSH_TRIES:-20}
 queue=(gcloud compute tpus queued-resources)
 node=(gcloud compute tpus tpu-vm)
 program=(--platform=tpu "${PROGRAM[@]}")
@@ -138,21 +139,32 @@ detached() {
   on_all "bash ddrl_jax/launch/detached.sh $(quoted "$@")"
 }
 
-# Follows the program through dropped connections; fails when it has.
+# Follows the program through dropped connections; fails when it has. Workers that do
+# not answer at all, SSH_TRIES times in turn, on a slice that is said to be well are no
+# dropped connection: a key that has expired, a firewall.
 attend() {
-  local lines=+1 states
+  local lines=+1 states silent=0
   until detached follow "$lines"; do
     healthy || return 1
     states=$(detached status | grep '^ddrl_jax: ') || states=""
     case $states in
-      "" | *running*) echo "$name: the connection was lost; attaching again" >&2 ;;
+      "") silent=$((silent + 1)) ;;
+      *running*) silent=0 ;;
       *)
         judge "$states"
         return
         ;;
     esac
+    ((silent < tries)) || abandon
+    echo "$name: the connection was lost; attaching again" >&2
     lines=20
   done
+}
+
+abandon() {
+  echo "$name: the workers did not answer $tries times; the slice and the program on it are" \
+    "left as they are. Once gcloud compute tpus tpu-vm ssh works, start this again" >&2
+  exit 1
 }
 
 # 0 where all have ended well. 2 is a mistake that the program has explained; the others

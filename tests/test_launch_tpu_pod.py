@@ -38,10 +38,14 @@ if "detached.sh follow" in command:
     runs = [line for line in open(note) if "detached.sh follow" in line]
     outcome = os.environ.get("OUTCOMES", "0").split()[len(runs) - 1]
     ended.write_text("running" if outcome == "dropped" else "ended " + outcome)
+    if outcome == "unreachable":
+        ended.write_text("")
     if outcome == "preempted":
         state.write_text("SUSPENDED")
     if outcome != "0":
         sys.exit(255)
+if "detached.sh status" in command and not ended.read_text():
+    complain("ssh: connect to host 10.0.0.4 port 22: Connection timed out", 255)
 if "detached.sh status" in command:
     other = 2 if ended.read_text() == "ended 2" else 75  # a mistake is all workers'
     print("Using ssh batch size of 2", f"ddrl_jax: ended {other}", sep="\\n")
@@ -87,6 +91,19 @@ def test_a_dropped_connection_is_taken_up_again(machine):
     assert result.returncode == 0, result.stderr
     assert _verbs(machine) == [*SLICE, "follow", "follow", "delete"]
     assert result.stderr.count("attaching again") == 2
+
+
+def test_workers_that_never_answer_are_given_up_and_left_as_they_are(machine):
+    """Twice in turn is not too often here, and an answer begins a new count."""
+    twice = "unreachable unreachable"
+    result = _start(machine, f"{twice} dropped {twice} 0", SSH_TRIES="3")
+    assert result.returncode == 0, result.stderr
+    machine.notes.unlink()
+    result = _start(machine, twice + " unreachable 0", SSH_TRIES="3")
+    assert result.returncode == 1
+    assert result.stderr.count("attaching again") == 2
+    assert "the workers did not answer 3 times" in result.stderr
+    assert _verbs(machine) == [*SLICE, "follow", "follow"]
 
 
 def test_a_worker_that_crashed_is_started_again_with_all_others(machine):

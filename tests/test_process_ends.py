@@ -1,0 +1,57 @@
+"""What the others of a run are told when one can not go on, before any training."""
+
+import time
+
+import pytest
+from process_runs import MAIN, ends, free_port, process, start
+
+from ddrl_jax.errors import EXIT_ERROR
+
+# Longer than gloo waits (30 s) for a process that it was never connected to.
+LATE = """
+import os, sys, time
+from ddrl_jax.distributed import is_main, joined, leave, main_first, place
+from ddrl_jax.errors import UserError
+
+def taken():
+    if is_main():
+        time.sleep(33)
+    raise UserError("another run is using it", got="", wanted="", way_out="")
+
+try:
+    with joined(place({}, os.environ)):
+        main_first(taken)
+except UserError as error:
+    print(error, file=sys.stderr)
+    leave(error.status)
+"""
+
+
+@pytest.mark.slow
+def test_who_waits_for_process_0_hears_what_it_found(tmp_path):
+    """As where process 0 waits for the lock of a workdir, and does not get it."""
+    found = ends(start(tmp_path, 2, code=LATE))
+    assert [status for status, *_ in found] == [EXIT_ERROR] * 2, found
+    for _, _, errors in found:
+        assert "another run is using it" in errors and "Traceback" not in errors
+    assert "got:     process 0 on " in found[1][2]
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_device_that_does_not_start_in_one_ends_all(victim, tmp_path):
+    """The others wait for its devices in the middle of their own start."""
+    shared = {"DDRL_COORDINATOR": f"127.0.0.1:{free_port()}", "DDRL_PROCESSES": "2"}
+    run = []
+    for i in range(2):
+        own = {"DDRL_PROCESS": str(i), "CUDA_VISIBLE_DEVICES": ""}
+        own |= {"JAX_PLATFORMS": "cuda"} if i == victim else {}
+        run.append(process(tmp_path / "run", 2, (), shared | own, MAIN))
+    begin = time.monotonic()
+    found = ends(run)
+    assert time.monotonic() - begin < 60
+    assert [status for status, *_ in found] == [EXIT_ERROR] * 2, found
+    assert "error: JAX can not start on this machine" in found[victim][2]
+    assert f"got:     process {victim} on " in found[1 - victim][2]
+    assert "JAX can not start on this machine" in found[1 - victim][2]
+    assert not any("Traceback" in errors for *_, errors in found)
+    assert not (tmp_path / "run").exists()
