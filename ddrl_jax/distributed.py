@@ -14,7 +14,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -25,70 +25,13 @@ from jax.sharding import PartitionSpec as P
 
 from ddrl_jax.errors import TryAgain, UserError
 from ddrl_jax.interfaces import Scores
-from ddrl_jax.surroundings import check_alone
+from ddrl_jax.surroundings import Place, check_alone
 from ddrl_jax.watch import FOREVER_MS, Rank, Watch
 
 HEARTBEAT = 25  # seconds without a word from a process until the others end
 ARRIVAL = 300  # seconds that the processes of a run may take to come together
 TEXT_BYTES = 512  # of what a process tells the others
-KEYS = ("coordinator", "processes", "process")  # --distributed.KEY, DDRL_KEY
 T = TypeVar("T")
-
-
-class Place(NamedTuple):
-    """Where a process stands in a run that was started by hand.
-
-    Attributes:
-      coordinator: HOST:PORT of process 0, free there and within reach of all.
-      processes: how many there are.
-      process: which one this is, from 0.
-    """
-
-    coordinator: str
-    processes: int
-    process: int
-
-
-def place(
-    flags: Mapping[str, str | None], environment: Mapping[str, str]
-) -> Place | None:
-    """Reads where this process stands from flags, or else from the environment.
-
-    Args:
-      flags: coordinator, processes and process as the command line gives them.
-      environment: DDRL_COORDINATOR, DDRL_PROCESSES, DDRL_PROCESS.
-
-    Returns:
-      None where nothing is given: then the cluster, if there is one, says.
-
-    Raises:
-      UserError: only a part is given, or a value that can not be.
-    """
-    found = {
-        key: flags.get(key) or environment.get(f"DDRL_{key.upper()}") for key in KEYS
-    }
-    if not any(found.values()):
-        return None
-    if found["processes"] == "1":
-        return Place(found["coordinator"] or "", 1, 0)
-    shown = ", ".join(f"{key} {value or 'missing'}" for key, value in found.items())
-    try:
-        coordinator, port = str(found["coordinator"]).rsplit(":", 1)
-        count, index = int(found["processes"] or ""), int(found["process"] or "")
-        good = bool(coordinator) and 0 < int(port) < 65536 and 0 <= index < count
-    except ValueError:
-        good, count, index = False, 0, 0
-    if good:
-        return Place(str(found["coordinator"]), count, index)
-    raise UserError(
-        "it is not clear which process of the run this is",
-        got=shown,
-        wanted="--distributed.coordinator=HOST:PORT, --distributed.processes=N and "
-        "--distributed.process=0..N-1, or DDRL_COORDINATOR, DDRL_PROCESSES and "
-        "DDRL_PROCESS",
-        way_out="give all three to every process, or none of them where Slurm, Open "
-        "MPI, a TPU pod or GKE starts the processes",
-    )
 
 
 @contextmanager
@@ -99,8 +42,8 @@ def joined(where: Place | None) -> Iterator[None]:
     killed, this one ends too, with a message that names it.
 
     Args:
-      where: of `place`; None lets jax.distributed ask the cluster: Slurm, Open MPI, a
-        TPU pod, GKE.
+      where: of `surroundings.place`; None lets jax.distributed ask the cluster: Slurm,
+        Open MPI, a TPU pod, GKE.
 
     Raises:
       TryAgain: the processes do not come together.

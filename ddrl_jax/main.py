@@ -62,7 +62,12 @@ def main() -> None:
 
 def _dispatch(command: Command, join: bool) -> None:
     """Checks what can be checked without computing, and calls the mode."""
+    from ddrl_jax.surroundings import check_one, place
+
     mode, config, workdir = command.mode, command.config, command.workdir
+    where = place(command.place, os.environ)
+    if mode not in _MODE_CALLS:
+        check_one(mode, where, os.environ)
     if mode == "compare":
         from ddrl_jax.compare import compare_mode
 
@@ -79,10 +84,9 @@ def _dispatch(command: Command, join: bool) -> None:
         return
     from ddrl_jax.check_config import check_config
     from ddrl_jax.config_rules import shared_settings
-    from ddrl_jax.distributed import check_agreement, joined, place
+    from ddrl_jax.distributed import check_agreement, joined
     from ddrl_jax.sources import without_data
 
-    where = place(command.place, os.environ)
     more = (command.profile,) if command.profile else ()  # only of mode train
     # The other processes are told of a full disk as of any other mistake.
     with joined(where) if join else nullcontext(), _disk_explained():

@@ -1,12 +1,14 @@
-"""What the surroundings of a process promise, held against what it has found.
+"""What the surroundings of a process say of it, held against what it has found.
 
 A run that is smaller or slower than it was asked to be looks like one that works.
 """
 
 from collections.abc import Mapping
+from typing import NamedTuple
 
 from ddrl_jax.errors import UserError
 
+KEYS = ("coordinator", "processes", "process")  # --distributed.KEY, DDRL_KEY
 # How those who start processes say how many there are.
 COUNTS = {
     "NNODES": "xpk, torchrun",
@@ -15,7 +17,102 @@ COUNTS = {
     "PMI_SIZE": "MPICH",
     "JAX_PROCESS_COUNT": "xpk",
 }
+# And how they say which one this is.
+RANKS = (
+    "NODE_RANK",
+    "SLURM_PROCID",
+    "OMPI_COMM_WORLD_RANK",
+    "PMI_RANK",
+    "TPU_WORKER_ID",
+    "JOB_COMPLETION_INDEX",
+)
 BACKENDS = {"cuda": "gpu", "rocm": "gpu"}  # what JAX calls the backend of a platform
+
+
+class Place(NamedTuple):
+    """Where a process stands in a run that was started by hand.
+
+    Attributes:
+      coordinator: HOST:PORT of process 0, free there and within reach of all.
+      processes: how many there are.
+      process: which one this is, from 0.
+    """
+
+    coordinator: str
+    processes: int
+    process: int
+
+
+def place(
+    flags: Mapping[str, str | None], environment: Mapping[str, str]
+) -> Place | None:
+    """Reads where this process stands from flags, or else from the environment.
+
+    Args:
+      flags: coordinator, processes and process as the command line gives them.
+      environment: DDRL_COORDINATOR, DDRL_PROCESSES, DDRL_PROCESS.
+
+    Returns:
+      None where nothing is given: then the cluster, if there is one, says.
+
+    Raises:
+      UserError: only a part is given, or a value that can not be.
+    """
+    found = {
+        key: flags.get(key) or environment.get(f"DDRL_{key.upper()}") for key in KEYS
+    }
+    if not any(found.values()):
+        return None
+    if found["processes"] == "1":
+        return Place(found["coordinator"] or "", 1, 0)
+    shown = ", ".join(f"{key} {value or 'missing'}" for key, value in found.items())
+    try:
+        coordinator, port = str(found["coordinator"]).rsplit(":", 1)
+        count, index = int(found["processes"] or ""), int(found["process"] or "")
+        good = bool(coordinator) and 0 < int(port) < 65536 and 0 <= index < count
+    except ValueError:
+        good, count, index = False, 0, 0
+    if good:
+        return Place(str(found["coordinator"]), count, index)
+    raise UserError(
+        "it is not clear which process of the run this is",
+        got=shown,
+        wanted="--distributed.coordinator=HOST:PORT, --distributed.processes=N and "
+        "--distributed.process=0..N-1, or DDRL_COORDINATOR, DDRL_PROCESSES and "
+        "DDRL_PROCESS",
+        way_out="give all three to every process, or none of them where Slurm, Open "
+        "MPI, a TPU pod or GKE starts the processes",
+    )
+
+
+def check_one(mode: str, where: Place | None, environment: Mapping[str, str]) -> None:
+    """Stops a mode that is the work of one process where there are several.
+
+    A batch script, which has the variables of process 0, may run one.
+
+    Args:
+      mode: its name.
+      where: of `place`.
+      environment: os.environ.
+
+    Raises:
+      UserError: several processes are named by hand, or this is not the first one that
+        a cluster has started.
+    """
+    told = [f"{name}={environment[name]}" for name in RANKS if name in environment]
+    told = [text for text in told if text.partition("=")[2] not in ("", "0")]
+    if where is not None:
+        here = f"process {where.process} of {where.processes}"
+        told = [here] if where.processes > 1 else []
+    if not told:
+        return
+    raise UserError(
+        f"--mode={mode} is the work of one process",
+        got=", ".join(told),
+        wanted="one process, which needs no other",
+        way_out=f"start --mode={mode} once; --distributed.processes=1 says that this "
+        "process is the only one",
+    )
 
 
 def check_platform(wanted: str, found: str) -> None:

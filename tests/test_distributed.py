@@ -5,10 +5,11 @@ import numpy as np
 import pytest
 
 from ddrl_jax import distributed
-from ddrl_jax.distributed import Place, place, whole_scores
+from ddrl_jax.distributed import whole_scores
 from ddrl_jax.errors import UserError
 from ddrl_jax.interfaces import Scores
 from ddrl_jax.sharding import AXES, Held, make_mesh, place_batch, place_fetched, to_host
+from ddrl_jax.surroundings import Place, place
 
 # ---- where a process stands
 

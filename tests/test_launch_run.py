@@ -10,7 +10,7 @@ import time
 import pytest
 from launch_machine import CONFIG, LAUNCH, PROGRAM, WORKDIR, Machine
 
-from ddrl_jax.distributed import KEYS, Place, place
+from ddrl_jax.surroundings import KEYS, Place, place
 
 PYTHON = """
 import signal, time

@@ -10,8 +10,9 @@ from ddrl_jax.errors import EXIT_ERROR
 # Longer than gloo waits (30 s) for a process that it was never connected to.
 LATE = """
 import os, sys, time
-from ddrl_jax.distributed import is_main, joined, leave, main_first, place
+from ddrl_jax.distributed import is_main, joined, leave, main_first
 from ddrl_jax.errors import UserError
+from ddrl_jax.surroundings import place
 
 def taken():
     if is_main():

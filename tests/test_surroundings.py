@@ -9,7 +9,8 @@ import pytest
 from launch_machine import CONFIG, ROOT
 
 from ddrl_jax.errors import UserError
-from ddrl_jax.surroundings import check_alone, check_platform
+from ddrl_jax.main import run
+from ddrl_jax.surroundings import Place, check_alone, check_one, check_platform
 
 
 @pytest.mark.parametrize(
@@ -47,7 +48,8 @@ def test_a_machine_without_the_accelerator_is_one_message(platforms, tmp_path):
 JOIN = """
 import sys
 import numpy as np
-from ddrl_jax.distributed import Place, every, joined
+from ddrl_jax.distributed import every, joined
+from ddrl_jax.surroundings import Place
 with joined(Place(sys.argv[1], 2, int(sys.argv[2]))):
     print("gathered", every(np.array([int(sys.argv[2])])).ravel())
 """
@@ -102,3 +104,42 @@ def test_one_of_several_does_not_run_alone(environment):
 )
 def test_a_lone_process_runs(environment):
     check_alone(environment)
+
+
+# ---- modes of one process
+
+TWO = Place("a:1", 2, 0)
+
+
+@pytest.mark.parametrize(
+    ("where", "environment"),
+    [
+        (TWO, {}),
+        (None, {"SLURM_PROCID": "3", "SLURM_NTASKS": "8"}),
+        (None, {"OMPI_COMM_WORLD_RANK": "1"}),
+        (None, {"TPU_WORKER_ID": "1"}),
+    ],
+)
+def test_a_mode_of_one_process_does_not_start_several_times(where, environment):
+    with pytest.raises(UserError, match="--mode=report is the work of one process"):
+        check_one("report", where, environment)
+
+
+@pytest.mark.parametrize(
+    "environment", [{}, {"SLURM_PROCID": "0", "SLURM_NTASKS": "8"}, {"PMI_RANK": ""}]
+)
+def test_a_mode_of_one_process_runs_in_a_batch_script(environment):
+    check_one("report", None, environment)
+    check_one("report", Place("", 1, 0), environment | {"SLURM_PROCID": "3"})
+
+
+@pytest.mark.parametrize("mode", ["report", "compare", "plan"])
+def test_the_command_line_refuses_it_before_it_looks_at_anything(
+    mode, tmp_path, capsys
+):
+    flags = ["--distributed.coordinator=a:1", "--distributed.processes=2"]
+    flags += ["--distributed.process=1", f"--workdir={tmp_path}/none"]
+    flags += [f"--config={ROOT}/configs/quickstart.py:smoke"]
+    assert run(["main", *flags, f"--mode={mode}"]) == 2
+    assert "process 1 of 2" in capsys.readouterr().err
+    assert not (tmp_path / "none").exists()
