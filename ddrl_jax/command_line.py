@@ -23,6 +23,7 @@ MODES = {
 }
 PLACE = ("distributed.coordinator", "distributed.processes", "distributed.process")
 PLAN = ("plan.devices", "plan.chip", "plan.efficiency", "plan.suggest", "plan.slices")
+PLAN += ("plan.compiler",)
 
 
 class Command(NamedTuple):
@@ -53,7 +54,8 @@ def help_text() -> str:
         "  --plan.devices=N --plan.chip=NAME   v5e, v5p, v6e, A100, H100 or H200\n"
         "  --plan.efficiency=0.4     share of the peak FLOP/s that products reach\n"
         "  --plan.slices=0           joined by the hosts' network; 0: as few as fit\n"
-        "  --plan.suggest=true       search the smallest mesh that fits"
+        "  --plan.suggest=true       search the smallest mesh that fits\n"
+        "  --plan.compiler=NAME      tpu or cpu; unset: the TPU's own if libtpu is here"
     )
 
 

@@ -23,7 +23,8 @@ class Count(NamedTuple):
       flops: of matrix products and convolutions; 2 a multiply-add.
       recomputed: the part of `flops` that jax.checkpoint does a second time; model
         FLOPs, those of an MFU, are `flops - recomputed`.
-      dot_bytes: operands and results of these products, each read or written once.
+      dot_bytes: operands and results of these products, each read or written once; of
+        a Pallas kernel, its own.
       loops: while loops with products in them, of unknown length and counted once.
     """
 
@@ -62,7 +63,8 @@ def flops(fn: Callable, *abstract_args: Any) -> int:
 def count(fn: Callable, *abstract_args: Any) -> Count:
     """Counts one call of `fn`; traces it and computes nothing.
 
-    A `cond` counts as the branch that multiplies most. The blocks that a Pallas kernel
+    A `cond` counts as the branch that multiplies most, one by platform as that of all
+    others. The blocks that a Pallas kernel
     skips, and what it recomputes, are counted.
 
     Args:
@@ -90,10 +92,15 @@ def _equation(eqn: JaxprEqn, again: bool) -> Count:
     if not parts:
         return Count()
     if name == "cond":
-        return max(parts)
+        platforms = params.get("branches_platforms") or ()
+        # What only CPUs do instead is not the work of the chips a count is for.
+        return parts[platforms.index(None)] if None in platforms else max(parts)
     total = Count()
     for part in parts:
         total = total.plus(part)
+    if name == "pallas_call":  # between its products nothing leaves the chip
+        once = _bytes(eqn, len(eqn.invars))
+        return total.times(_repetitions(name, params))._replace(dot_bytes=once)
     if name == "while":
         return total._replace(loops=total.loops + (total.flops > 0))
     return total.times(_repetitions(name, params))

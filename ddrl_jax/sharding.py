@@ -30,7 +30,7 @@ RULES: Rules = {
 }
 
 
-def make_mesh(sizes: Any) -> Mesh:
+def make_mesh(sizes: Any, devices: Sequence | None = None) -> Mesh:
     """Returns the mesh (data, fsdp, tensor, context) over the first devices.
 
     Several slices (TPU pods, or GPU nodes, joined by a data-centre network) share the
@@ -38,17 +38,19 @@ def make_mesh(sizes: Any) -> Mesh:
 
     Args:
       sizes: config.mesh, or any mapping axis -> size; one may be -1: what is left.
+      devices: to lay it over; None: all that this program has.
 
     Raises:
       UserError: the slices divide neither data nor data x fsdp, or the links of a slice
         can not carry the mesh.
     """
+    devices = jax.devices() if devices is None else devices
     shape = [sizes[a] for a in AXES]
     if -1 in shape:
         known = -math.prod(shape)
-        shape[shape.index(-1)] = jax.device_count() // known
+        shape[shape.index(-1)] = len(devices) // known
     types = (AxisType.Auto,) * len(AXES)
-    slices = _slices(jax.devices())
+    slices = _slices(devices)
     if len(slices) == 1:
         grid = slice_grid(shape, slices[0][: math.prod(shape)])
     else:
@@ -56,7 +58,7 @@ def make_mesh(sizes: Any) -> Mesh:
     return Mesh(grid, AXES, axis_types=types)
 
 
-def _slices(devices: list) -> list[list]:
+def _slices(devices: Sequence) -> list[list]:
     """Devices by slice; processes of one machine's CPUs are no slices."""
     found: dict[int, list] = {}
     for device in devices:

@@ -163,7 +163,18 @@ def test_a_pallas_kernel_counts_its_grid():
             out_shape=_shaped(32, 16),
         )(a, b)
 
-    assert flops(fn, _shaped(32, 16), _shaped(16, 16)) == 2 * 32 * 16 * 16
+    shapes = _shaped(32, 16), _shaped(16, 16)
+    assert flops(fn, *shapes) == 2 * 32 * 16 * 16
+    # Operands and result as they leave the chip's memory, not each product's.
+    assert count(fn, *shapes).dot_bytes == 4 * (32 * 16 + 16 * 16 + 32 * 16)
+
+
+def test_a_choice_by_platform_counts_as_what_accelerators_do():
+    def fn(a, b):
+        twice = lambda a, b: a @ b + a @ b  # noqa: E731
+        return jax.lax.platform_dependent(a, b, cpu=twice, default=jnp.matmul)
+
+    assert flops(fn, _shaped(6, 7), _shaped(7, 11)) == 2 * 6 * 7 * 11
 
 
 def _conv(x, k, stride=1, padding="SAME", **options):

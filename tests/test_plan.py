@@ -31,7 +31,7 @@ from ddrl_jax.program import build
 from ddrl_jax.sharding import make_mesh
 
 ONE = {"data": 1, "fsdp": 1, "tensor": 1, "context": 1}
-FLAGS = {"devices": "8", "chip": "v5p"}
+FLAGS = {"devices": "8", "chip": "v5p", "compiler": "cpu"}
 
 
 def tiny(**mesh):
@@ -184,7 +184,7 @@ def test_bounds_by_hand():
     links = lay(CHIPS["v5p"], ONE | {"fsdp": 4})
     gather = Collective("all-gather", ("fsdp",), 2, 3e9, True, "")
     found = made(arguments=10, flops=8e15, dot_bytes=4e12, collectives=[gather])
-    options = {"efficiency": 0.5, "dtype": "float32", "weights": 1000, "items": 3}
+    options = {"efficiency": 0.5, "widened": False, "weights": 1000, "items": 3}
     b = bounds(found, links, **options)
     assert b.flops == pytest.approx(2e15 / (459e12 / 2))
     assert b.memory == pytest.approx((1e12 + 4 * 3 * 1000 + 20) / 2765e9)
@@ -199,8 +199,8 @@ def test_what_a_cpu_widened_is_halved():
     once = Collective("all-reduce", ("fsdp",), 1, 1e9, True, "")
     found = made(collectives=[loop, once])
     gathered, reduced = (("fsdp",), "all-gather"), (("fsdp",), "all-reduce")
-    assert sent(found, "bfloat16") == {gathered: 4e9, reduced: 1e9}
-    assert sent(found, "float32") == {gathered: 8e9, reduced: 1e9}
+    assert sent(found, True) == {gathered: 4e9, reduced: 1e9}
+    assert sent(found, False) == {gathered: 8e9, reduced: 1e9}
 
 
 # ---- the search
@@ -243,7 +243,7 @@ def test_little_memory_means_more_devices_and_full_remat(monkeypatch, planned):
     made_for, real = [], search.described
     monkeypatch.setattr(search, "compile_phase", compile_less)
     monkeypatch.setattr(
-        search, "described", lambda *a: (made_for.append(a[-1]), real(*a))[1]
+        search, "described", lambda *a: (made_for.append(a[2]), real(*a))[1]
     )
     alone = sum(resident(describe(tiny())).values())
     bare = [found._replace(temporaries=0) for found in compiled]

@@ -63,3 +63,38 @@ def test_groups_across_two_axes():
     line = "%a = f32[4]{0} all-reduce(%x), replica_groups=[1,8]<=[8], to_apply=%f"
     (found,) = collectives(f"ENTRY %main (p: f32[8]) -> f32[8] {{\n  {line}\n}}", MESH)
     assert found.axes == ("data", "fsdp")
+
+
+# What libtpu writes: the end of a loop stands in its condition, and an all-reduce whose
+# result is cut at once is a computation of that name.
+OF_A_TPU = """HloModule jit_update
+%all-reduce-scatter.1 (input: bf16[64,8]) -> bf16[16,8] {
+  %r = bf16[64,8]{1,0:T(8,128)(2,1)} all-reduce(%input), replica_groups=[2,4]<=[8], \
+to_apply=%add
+  ROOT %cut = bf16[16,8]{1,0:T(8,128)(2,1)} dynamic-slice(%r, %i, %zero)
+}
+%region_2.cond (wide.p: (s32[], bf16[64,8])) -> pred[] {
+  %constant.9 = s32[]{:T(128)} constant(40)
+  %i = s32[]{:T(128)} get-tuple-element(%wide.p), index=0
+  ROOT %lt = pred[]{:T(512)} compare(%i, %constant.9), direction=LT
+}
+%region_1.body (wide.p: (s32[], bf16[64,8])) -> (s32[], bf16[64,8]) {
+  %f = bf16[16,8]{1,0:T(8,128)(2,1)S(1)} fusion(%x), kind=kCustom, \
+calls=%all-reduce-scatter.1
+}
+ENTRY %main (p: bf16[64,8]) -> bf16[64,8] {
+  %w = (s32[]{:T(128)}, bf16[64,8]{1,0:T(8,128)(2,1)}) while(%t), \
+condition=%region_2.cond, body=%region_1.body, metadata={op_name="jit(update)/while"}
+}
+"""
+
+
+def test_a_loop_and_a_reduce_scatter_as_a_tpu_has_them():
+    (found,) = collectives(OF_A_TPU, MESH)
+    assert (found.kind, found.axes, found.count) == ("reduce-scatter", ("fsdp",), 40)
+    assert found.bytes == 40 * 3 / 4 * 64 * 8 * 2
+
+
+def test_a_condition_that_is_no_count_is_an_error():
+    with pytest.raises(ValueError, match="unknown length"):
+        collectives(OF_A_TPU.replace("direction=LT", "direction=NE"), MESH)

@@ -14,6 +14,7 @@ from ddrl_jax.plan.lowered import compile_phase, describe
 from ddrl_jax.plan.roofline import EFFICIENCY
 from ddrl_jax.plan.search import Shown, suggest
 from ddrl_jax.plan.sheet import sheet, suggestion_line
+from ddrl_jax.plan.target import Target, choose
 from ddrl_jax.sharding import AXES
 
 
@@ -25,6 +26,7 @@ class Settings(NamedTuple):
     efficiency: float
     suggest: bool
     slices: int  # 0: as few as the chip allows
+    target: Target
 
 
 def plan_mode(config: Any, flags: Mapping[str, str | None]) -> None:
@@ -33,18 +35,18 @@ def plan_mode(config: Any, flags: Mapping[str, str | None]) -> None:
     Args:
       config: the whole configuration; of a diffusers model only the JSON is
         read.
-      flags: "devices", "chip", "efficiency", "suggest" and "slices" as on the command
-        line.
+      flags: "devices", "chip", "efficiency", "suggest", "slices" and "compiler" as on
+        the command line.
 
     Raises:
       UserError: a flag that is missing or wrong, a mesh that does not fit the devices.
     """
     settings = read(flags)
     check_shapes(config, settings.devices)
-    placeholders(settings.devices)
+    placeholders(1 if settings.target.chip else settings.devices)
     config = _whole_mesh(config, settings.devices)
     links = lay(settings.chip, {a: config.mesh[a] for a in AXES}, settings.slices)
-    plan = describe(config)
+    plan = describe(config, settings.target)
     compiled = [compile_phase(phase, plan.mesh) for phase in plan.phases]
     print(sheet(plan, compiled, links, settings.efficiency), flush=True)
     if settings.suggest:
@@ -80,7 +82,8 @@ def read(flags: Mapping[str, str | None]) -> Settings:
     ):
         if not right:
             raise _wrong(name, flags[name], range_)
-    return Settings(devices, chip, efficiency, wanted == "true", slices)
+    target = choose(flags.get("compiler"), chip, slices)
+    return Settings(devices, chip, efficiency, wanted == "true", slices, target)
 
 
 def _number(flags, name: str, kind: type, wanted: str, default: Any = None) -> Any:

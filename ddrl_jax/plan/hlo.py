@@ -21,6 +21,8 @@ _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
 _COLLECTIVE = re.compile(rf" = (.*?) ({KINDS})(-start)?\(")
 _CALLED = re.compile(r"(body|calls|to_apply|branch_computations)=\{?(%[^,}\s]+)")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
+_CONDITION = re.compile(r"condition=%([\w.\-]+)")
+_BELOW = re.compile(r"ROOT .* compare\(%[\w.\-]+, %([\w.\-]+)\), direction=LT")
 _SHAPE = re.compile(r"(\w+)\[([\d,]*)\]")
 _IOTA = re.compile(r"\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?")
 _NAMED = re.compile(
@@ -68,7 +70,8 @@ def collectives(text: str, mesh: dict[str, int]) -> list[Collective]:
                 continue
             if math.isnan(runs[name]):
                 raise ValueError(f"a loop of unknown length: {line.strip()[:120]}")
-            found.append(_read(line, match, int(runs[name]), mesh))
+            kept = name.startswith("all-reduce-scatter")
+            found.append(_read(line, match, int(runs[name]), mesh, kept))
     return [c for c in found if c.bytes]
 
 
@@ -94,7 +97,7 @@ def _runs(bodies: dict[str, list[str]], entry: str) -> dict[str, float]:
         runs[name] += times
         for line in bodies[name]:
             for _, called in _CALLED.findall(line):
-                inner = times * _trips(line)
+                inner = times * _trips(line, bodies)
                 if called[1:] in bodies:
                     visit(called[1:], inner)
 
@@ -102,14 +105,31 @@ def _runs(bodies: dict[str, list[str]], entry: str) -> dict[str, float]:
     return runs
 
 
-def _trips(line: str) -> float:
+def _trips(line: str, bodies: dict[str, list[str]]) -> float:
+    """A loop's length: as the compiler notes it, or from `i < n` in its condition.
+
+    JAX's own loops of known length all count from 0 by 1.
+    """
     if " while(" not in line:
         return 1.0
-    found = _TRIPS.search(line)
-    return float(found[1]) if found else math.nan
+    if found := _TRIPS.search(line):
+        return float(found[1])
+    condition = _CONDITION.search(line)
+    lines = bodies.get(condition[1], []) if condition else []
+    ends = [end[1] for end in map(_BELOW.search, lines) if end]
+    values = [
+        int(value[1])
+        for text in lines
+        for end in ends
+        if (value := re.search(rf"%{re.escape(end)} = s32\S* constant\((\d+)\)", text))
+    ]
+    return float(values[0]) if values else math.nan
 
 
-def _read(line: str, match: re.Match, runs: int, mesh: dict[str, int]) -> Collective:
+def _read(
+    line: str, match: re.Match, runs: int, mesh: dict[str, int], scattered: bool
+) -> Collective:
+    """`scattered`: an all-reduce of which, on TPUs, each device only gets its part."""
     kind, shapes = match[2], _SHAPE.findall(match[1])
     if match[3] and kind != "all-reduce":
         shapes = shapes[len(shapes) // 2 :]  # (operands, results) of an async start
@@ -130,6 +150,8 @@ def _read(line: str, match: re.Match, runs: int, mesh: dict[str, int]) -> Collec
         "all-to-all": (ways - 1) / ways,
         "collective-permute": 1.0,
     }[kind]
+    if scattered:
+        kind, share = "reduce-scatter", share / 2
     source = re.search(r'op_name="(.*?)"', line)
     wide = all(dtype == "f32" for dtype, _ in shapes)
     name = source[1] if source else ""

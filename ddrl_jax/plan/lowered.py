@@ -2,10 +2,11 @@
 
 Arguments are shapes with shardings: no weight is made and no file is read, but for the
 JSON of a diffusers model. The functions are those of `program`: what is planned is what
-runs, but for "auto" attention, which here is what a CPU has and no fused kernel.
+runs, but for "auto" attention where a CPU stands in for GPUs: it has no fused kernel.
 """
 
 import math
+import re
 import time
 from typing import Any, NamedTuple
 
@@ -23,6 +24,7 @@ from ddrl_jax.learner import Minibatch, TrainState
 from ddrl_jax.models.stable_diffusion import planned_pipeline
 from ddrl_jax.optim import make_optimizer
 from ddrl_jax.plan.hlo import Collective, collectives
+from ddrl_jax.plan.target import HERE, Target
 from ddrl_jax.program import (
     PIPELINES,
     chunk_size,
@@ -32,7 +34,7 @@ from ddrl_jax.program import (
     total_updates,
 )
 from ddrl_jax.rollout import step_times, stored_states
-from ddrl_jax.sharding import BATCH, make_mesh, params_shardings
+from ddrl_jax.sharding import AXES, BATCH, make_mesh, params_shardings
 from ddrl_jax.terms import WEIGHTED
 from ddrl_jax.weights import Weights, describe_weights, rollout_rules
 
@@ -60,6 +62,7 @@ class Abstract(NamedTuple):
       chunk: one microbatch with its kept transitions.
       chunks: of them in an update.
       phases: rollout and update, in this order; no rollout without a policy term.
+      target: whose compiler is asked.
     """
 
     config: Any
@@ -69,6 +72,7 @@ class Abstract(NamedTuple):
     chunk: Minibatch
     chunks: int
     phases: tuple[Phase, ...]
+    target: Target
 
 
 class Compiled(NamedTuple):
@@ -82,6 +86,8 @@ class Compiled(NamedTuple):
       count: FLOPs and bytes of products, of all devices together.
       collectives: read from the compiled text.
       seconds: of lowering and compiling.
+      refusal: of a compiler that knows the chip's memory and found it too small:
+        `temporaries` are what it asked for, collectives are not known; "" if it did.
     """
 
     phase: Phase
@@ -91,15 +97,17 @@ class Compiled(NamedTuple):
     count: Count
     collectives: list[Collective]
     seconds: float
+    refusal: str = ""
 
 
-def describe(config: Any) -> Abstract:
+def describe(config: Any, target: Target = HERE) -> Abstract:
     """The phases of a configuration whose mesh has no -1.
 
     Args:
       config: the whole configuration, checked.
+      target: whose compiler is to be asked.
     """
-    mesh = make_mesh(config.mesh)
+    mesh = make_mesh(config.mesh, target.devices({a: config.mesh[a] for a in AXES}))
     pipeline = PLANNED[config.model.name](config, mesh)
     kernel = make_kernel(config.sampler, pipeline.prediction)
     source = None
@@ -134,7 +142,7 @@ def describe(config: Any) -> Abstract:
         kept = _split(mesh, (steps, size), jnp.int32, 1)
         arguments = (*copies, chunk.keys, chunk.cond, times, kept)
         phases = (Phase("rollout", make_sample(objective), arguments, total), update)
-    return Abstract(config, mesh, weights, frozen, chunk, chunks, phases)
+    return Abstract(config, mesh, weights, frozen, chunk, chunks, phases, target)
 
 
 def _rollout_weights(weights: Weights, frozen: Any) -> tuple[Any, Any]:
@@ -201,7 +209,13 @@ def compile_phase(phase: Phase, mesh: Mesh) -> Compiled:
       mesh: of the run.
     """
     start = time.monotonic()
-    compiled = phase.function.lower(*phase.arguments).compile()
+    lowered = phase.function.lower(*phase.arguments)
+    work = count(phase.function, *phase.arguments)
+    try:
+        compiled = lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        seconds = time.monotonic() - start
+        return _too_large(phase, work, seconds, str(error).splitlines()[0], error)
     seconds = time.monotonic() - start
     memory = compiled.memory_analysis()
     return Compiled(
@@ -209,9 +223,25 @@ def compile_phase(phase: Phase, mesh: Mesh) -> Compiled:
         memory.argument_size_in_bytes,
         memory.output_size_in_bytes - memory.alias_size_in_bytes,
         memory.temp_size_in_bytes,
-        count(phase.function, *phase.arguments),
+        work,
         collectives(compiled.as_text(), dict(mesh.shape)),
         seconds,
+    )
+
+
+def _too_large(
+    phase: Phase, work: Count, seconds: float, text: str, error: Exception
+) -> Compiled:
+    """What is known of a phase that the compiler refused for its memory."""
+    asked = re.search(r"(?:Used |\()([\d.]+)([KMG])", text)
+    if "RESOURCE_EXHAUSTED" not in text or asked is None:
+        raise error
+    size = float(asked[1]) * 2 ** {"K": 10, "M": 20, "G": 30}[asked[2]]
+    arguments = bytes_per_device(phase.arguments)
+    # "Used" is of everything, "required for HLO temporaries" of these alone.
+    temporaries = size if "temporaries" in text else size - arguments
+    return Compiled(
+        phase, arguments, 0, max(int(temporaries), 0), work, [], seconds, text
     )
 
 

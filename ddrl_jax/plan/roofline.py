@@ -38,16 +38,17 @@ class Bounds(NamedTuple):
         return max(self.flops, self.memory, *self.links.values(), 0.0)
 
 
-def sent(found: Compiled, dtype: str) -> dict[tuple[tuple[str, ...], str], float]:
+def sent(found: Compiled, widened: bool) -> dict[tuple[tuple[str, ...], str], float]:
     """Bytes a device sends along each set of axes by each kind of collective.
 
-    The CPU compiler has no bfloat16 arithmetic: it widens what a bfloat16 network
-    sends in its loops to float32. An accelerator sends half of that.
+    Args:
+      found: the phase.
+      widened: whether the compiler has no bfloat16 arithmetic, as that for a CPU, and
+        sends in float32 in its loops what an accelerator sends in half of that.
     """
     total: dict[tuple[tuple[str, ...], str], float] = {}
     for c in found.collectives:
-        narrow = dtype == "bfloat16" and c.wide and c.count > 1
-        bytes_sent = c.bytes / (2 if narrow else 1)
+        bytes_sent = c.bytes / (2 if widened and c.wide and c.count > 1 else 1)
         total[c.axes, c.kind] = total.get((c.axes, c.kind), 0.0) + bytes_sent
     return total
 
@@ -76,7 +77,7 @@ def bounds(
     links: Links,
     *,
     efficiency: float,
-    dtype: str,
+    widened: bool,
     weights: int,
     items: int,
 ) -> Bounds:
@@ -86,13 +87,13 @@ def bounds(
       found: the phase.
       links: the mesh on the chips whose peaks bound it.
       efficiency: share of the peak FLOP/s that products are taken to reach.
-      dtype: of the network's products.
-      weights: bytes of the network in that dtype.
+      widened: whether the compiler sends float32 for the network's bfloat16.
+      weights: bytes of the network in the dtype of its products.
       items: calls of the network.
     """
     chip, seconds = links.chip, dict[tuple[str, ...], float]()
     each = found.count.flops / math.prod(links.mesh.values())
-    for (axes, kind), size in sent(found, dtype).items():
+    for (axes, kind), size in sent(found, widened).items():
         took = size / links.bandwidth(axes, kind)
         seconds[axes] = seconds.get(axes, 0.0) + took
     memory = moved(found, links.mesh, weights, items) / chip.hbm_bandwidth

@@ -18,6 +18,7 @@ from ddrl_jax.errors import UserError
 from ddrl_jax.plan.links import lay
 from ddrl_jax.plan.lowered import Abstract, Compiled, compile_phase, describe
 from ddrl_jax.plan.memory import fits, own, peak, resident
+from ddrl_jax.plan.target import Target
 from ddrl_jax.sharding import AXES, Rules, spec_for, table
 from ddrl_jax.weights import rollout_rules
 
@@ -170,16 +171,18 @@ def suggest(shown: Shown, devices: int, chip: Chip) -> Suggestion | None:
 
 def _compiled(plan: Abstract, mesh: dict[str, int], remat: str) -> Shown:
     """The run on another mesh with another policy, both phases compiled."""
-    plan = described(plan.config, mesh, remat)
+    plan = described(plan.config, mesh, remat, plan.target)
     return Shown(plan, [compile_phase(phase, plan.mesh) for phase in plan.phases])
 
 
-def described(config: Any, mesh: dict[str, int], remat: str) -> Abstract:
+def described(
+    config: Any, mesh: dict[str, int], remat: str, target: Target
+) -> Abstract:
     """The run on another mesh with another remat policy."""
     config = config.copy_and_resolve_references()
     config.mesh.update(mesh)
     config.model.remat = remat
-    return describe(config)
+    return describe(config, target._replace(slices=0))
 
 
 def _smallest(known: Shown, counts: list[int], chip: Chip) -> dict[str, int] | None:
@@ -205,7 +208,7 @@ def _faster(best: Shown, tried: int, chip: Chip) -> Suggestion:
     mesh, rollout = dict(best.plan.mesh.shape), best.compiled[:-1]
     found = Suggestion(mesh, LEAST, best.peak, tried)
     for remat in FASTER:
-        plan = described(best.plan.config, mesh, remat)
+        plan = described(best.plan.config, mesh, remat, best.plan.target)
         update = compile_phase(plan.phases[-1], plan.mesh)
         tried += 1
         with_it = Shown(plan, [*rollout, update]).peak

@@ -53,7 +53,8 @@ def _head(plan: Abstract, links: Links) -> Iterator[str]:
 
 
 def _memory(plan: Abstract, compiled: list[Compiled], chip: Chip) -> Iterator[str]:
-    yield "memory a device, GiB (shapes and shardings; temporaries: compiler for CPU)"
+    compiler = f"compiler for {plan.target.name}"
+    yield f"memory a device, GiB (shapes and shardings; temporaries: {compiler})"
     stays, peaks = resident(plan), {}
     for name, size in stays.items():
         yield _row(name, size)
@@ -72,8 +73,14 @@ def _memory(plan: Abstract, compiled: list[Compiled], chip: Chip) -> Iterator[st
         f"  {verdict} {abs(room) / GIB:.2f} GiB, of {chip.hbm_bytes / GIB:.1f} "
         f"({1 - MARGIN:.0%} are left to the runtime)"
     )
-    if plan.config.model.dtype == "bfloat16":
+    yield from (f"  {found.refusal}" for found in compiled if found.refusal)
+    if widened(plan):
         yield "  (the CPU compiler keeps float32 copies of bfloat16: more than needed)"
+
+
+def widened(plan: Abstract) -> bool:
+    """Whether the compiler asked computes the plan's bfloat16 products in float32."""
+    return plan.target.chip is None and plan.config.model.dtype == "bfloat16"
 
 
 def _row(name: str, size: int) -> str:
@@ -93,14 +100,13 @@ def network_items(plan: Abstract, phase: str) -> int:
 
 
 def _bounds(plan: Abstract, found: Compiled, links: Links, efficiency: float) -> Bounds:
-    dtype = plan.config.model.dtype
     shapes = jax.tree.leaves(plan.weights.shapes["params"])
-    width = 2 if dtype == "bfloat16" else 4
+    width = 2 if plan.config.model.dtype == "bfloat16" else 4
     return bounds(
         found,
         links,
         efficiency=efficiency,
-        dtype=dtype,
+        widened=widened(plan),
         weights=width * sum(a.size for a in shapes),
         items=network_items(plan, found.phase.name),
     )
@@ -123,10 +129,10 @@ def _phase(
     size = bound.memory * chip.hbm_bandwidth
     yield (
         f"  memory traffic {size / GIB:12.1f} GiB           {bound.memory:10.2f} s at "
-        f"{chip.hbm_bandwidth / 1e9:.0f} GB/s (attention weights as if written out)"
+        f"{chip.hbm_bandwidth / 1e9:.0f} GB/s{_written_out(plan)}"
     )
     along: dict[tuple[str, ...], float] = {}
-    for (axes, _), amount in sent(found, plan.config.model.dtype).items():
+    for (axes, _), amount in sent(found, widened(plan)).items():
         along[axes] = along.get(axes, 0.0) + amount
     for axes, total in sorted(along.items()):
         kinds: dict[str, int] = {}
@@ -139,6 +145,12 @@ def _phase(
             f"{bound.links[axes]:9.2f} s  ({counts})"
         )
     yield f"  at least {bound.seconds:.2f} s, bound by {bound.term}"
+
+
+def _written_out(plan: Abstract) -> str:
+    """What the count of memory traffic takes attention for."""
+    fused = plan.target.chip is not None  # "auto" is splash there
+    return "" if fused else " (attention weights as if written out)"
 
 
 def _cost(plan: Abstract, compiled: list[Compiled], times: list[Bounds]):
