@@ -8,6 +8,7 @@ runs, but for "auto" attention where a CPU stands in for GPUs: it has no fused k
 import math
 import re
 import time
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import jax
@@ -24,7 +25,7 @@ from ddrl_jax.learner import Minibatch, TrainState
 from ddrl_jax.models.stable_diffusion import planned_pipeline
 from ddrl_jax.optim import make_optimizer
 from ddrl_jax.plan.hlo import Collective, collectives
-from ddrl_jax.plan.target import HERE, Target
+from ddrl_jax.plan.target import HERE, Target, unsaved
 from ddrl_jax.program import (
     PIPELINES,
     chunk_size,
@@ -212,7 +213,8 @@ def compile_phase(phase: Phase, mesh: Mesh) -> Compiled:
     lowered = phase.function.lower(*phase.arguments)
     work = count(phase.function, *phase.arguments)
     try:
-        compiled = lowered.compile()
+        with unsaved() if mesh.devices.flat[0].platform != "cpu" else nullcontext():
+            compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
         seconds = time.monotonic() - start
         return _too_large(phase, work, seconds, str(error).splitlines()[0], error)

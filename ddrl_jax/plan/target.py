@@ -6,10 +6,11 @@ memory and collectives is what the chip will run. GPUs have no such compiler: fo
 the plan is the CPU compiler's.
 """
 
+import contextlib
 import importlib.util
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -74,6 +75,20 @@ class Target(NamedTuple):
 
 
 HERE = Target("cpu")
+
+
+@contextlib.contextmanager
+def unsaved() -> Iterator[None]:
+    """Within it no program goes to the persistent cache: without a TPU none of a TPU can
+    be read from there, and each try is a warning.
+    """
+    key = "jax_persistent_cache_min_compile_time_secs"
+    before = getattr(jax.config, key)
+    jax.config.update(key, math.inf)
+    try:
+        yield
+    finally:
+        jax.config.update(key, before)
 
 
 def choose(wanted: str | None, chip: Chip, slices: int) -> Target:
