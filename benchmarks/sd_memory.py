@@ -1,6 +1,7 @@
 """Memory and work of DDPO on Stable Diffusion 1.5, from the compiler and the jaxprs.
 
     python -m benchmarks.sd_memory
+    python -m benchmarks.sd_memory --chip v6e    # by the compiler of TPUs, without one
 
 Compiles what configs/aesthetic.py runs on one device - the update of a whole minibatch
 with all 50 steps of its trajectories, the rollout, the decoding - at true shapes
@@ -18,6 +19,7 @@ peak, which a chip with bfloat16 products does not make.
 """
 
 import argparse
+import importlib.metadata
 import itertools
 import json
 import re
@@ -30,14 +32,18 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from configs import aesthetic
+from ddrl_jax.chips import chip_named
 from ddrl_jax.data.prompt_sets import prompt_set
 from ddrl_jax.flops import Count, count
 from ddrl_jax.models.clip_config import ClipVisionConfig
 from ddrl_jax.models.networks import network_shapes
 from ddrl_jax.models.sd_folder import read_source
 from ddrl_jax.plan.lowered import Abstract, bytes_per_device, describe
+from ddrl_jax.plan.target import HERE, Target, choose, unsaved
 from ddrl_jax.program import chunk_size
 
 RESULTS = Path(__file__).resolve().parent / "results" / "sd_memory.md"
@@ -110,17 +116,18 @@ class Measured(NamedTuple):
         return self.arguments + self.outputs + self.temporaries
 
 
-def measure(name: str, function: Any, shapes: tuple, order: str) -> Measured:
-    """Compiles for abstract arguments; `order` is a name of SCHEDULERS."""
+def measure(
+    name: str, function: Any, shapes: tuple, order: str, target: Target
+) -> Measured:
+    """Compiles for abstract arguments; `order` is a name of SCHEDULERS, for a CPU."""
     start = time.monotonic()
     lowered = function.lower(*shapes)
-    with tempfile.TemporaryDirectory() as folder:
-        options: Any = CPU_OPTIONS | {"xla_dump_to": folder}
-        options |= {"xla_cpu_scheduler_type": SCHEDULERS[order]}
-        on_cpu = jax.default_backend() == "cpu"
-        compiled = lowered.compile(compiler_options=options if on_cpu else None)
-        plans = list(Path(folder).glob("*live-range.txt"))
-        plan = plans[0].read_text(encoding="utf-8") if plans else ""
+    plan = ""
+    if target.chip is not None or jax.default_backend() != "cpu":
+        with unsaved():
+            compiled = lowered.compile()
+    else:
+        compiled, plan = on_cpu(lowered, order)
     memory = compiled.memory_analysis()
     assert memory is not None, "this backend plans no memory ahead"
     return Measured(
@@ -128,10 +135,20 @@ def measure(name: str, function: Any, shapes: tuple, order: str) -> Measured:
         memory.argument_size_in_bytes,
         memory.output_size_in_bytes - memory.alias_size_in_bytes,
         memory.temp_size_in_bytes,
-        widened(compiled.as_text() or "", plan),
+        widened(compiled.as_text() or "", plan) if plan else 0,
         count(function, *shapes),
         time.monotonic() - start,
     )
+
+
+def on_cpu(lowered: Any, order: str) -> tuple[Any, str]:
+    """Compiles in an order of SCHEDULERS; also the list of what is alive when."""
+    with tempfile.TemporaryDirectory() as folder:
+        options: Any = CPU_OPTIONS | {"xla_dump_to": folder}
+        options |= {"xla_cpu_scheduler_type": SCHEDULERS[order]}
+        compiled = lowered.compile(compiler_options=options)
+        plans = list(Path(folder).glob("*live-range.txt"))
+        return compiled, plans[0].read_text(encoding="utf-8") if plans else ""
 
 
 def widened(program: str, plan: str) -> int:
@@ -160,13 +177,13 @@ def write_model(folder: Path) -> Path:
     return folder
 
 
-def planned(variant: str, microbatch: int, model: Path) -> Abstract:
+def planned(variant: str, microbatch: int, model: Path, target: Target) -> Abstract:
     """A variant of configs/aesthetic.py on one device; micro-batch 0 is its own."""
     config: Any = aesthetic.get_config(variant)
     config.model.init = str(model)
     config.mesh.data = 1
     config.train.microbatch = microbatch or config.train.microbatch
-    return describe(config)
+    return describe(config, target)
 
 
 class Part(NamedTuple):
@@ -182,13 +199,16 @@ def programs(plan: Abstract) -> list[Part]:
     """What runs on the device, one after the other."""
     pipeline, size = plan.weights.pipeline, chunk_size(plan.config, plan.mesh)
     rollout, update = plan.phases
-    x0 = jax.ShapeDtypeStruct((size, *pipeline.latent_shape), jnp.float32)
+    here = NamedSharding(plan.mesh, P())
+    place = lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=here)  # noqa: E731
+    x0 = place(jax.ShapeDtypeStruct((size, *pipeline.latent_shape), jnp.float32))
+    decoder = jax.tree.map(place, pipeline.decode)
     decode = jax.jit(lambda decode, x0: decode(x0))
     steps, samples = plan.config.sampler.steps, plan.chunks * size
     return [
         Part("update", update.function, update.arguments, samples),
         Part(f"rollout, {steps} steps", rollout.function, rollout.arguments, size),
-        Part("decode", decode, (pipeline.decode, x0), size),
+        Part("decode", decode, (decoder, x0), size),
     ]
 
 
@@ -256,22 +276,26 @@ def main(arguments: Sequence[str]) -> None:
     flags.add_argument("--microbatches", nargs="+", type=int, default=[1, 0])
     flags.add_argument("--variants", nargs="+", default=["lora", "paper"])
     flags.add_argument("--scheduler", choices=SCHEDULERS, default="memory")
+    flags.add_argument("--chip", help="a TPU, by its own compiler: needs libtpu")
     flags.add_argument("--out", default=str(RESULTS))
     options = flags.parse_args(arguments)
+    target = choose("tpu", chip_named(options.chip), 0) if options.chip else HERE
     rows: list[tuple[Measured, int]] = []
     notes: list[str] = []
     cases = itertools.product(options.microbatches, options.variants)
     with tempfile.TemporaryDirectory() as folder:
         model = write_model(Path(folder))
         for microbatch, variant in cases:
-            plan = planned(variant, microbatch, model)
+            plan = planned(variant, microbatch, model, target)
             for part in programs(plan):
                 label = name_of(variant, plan)
                 name, shapes = f"{label}: {part.name}", part.arguments
-                found = measure(name, part.function, shapes, options.scheduler)
+                order = options.scheduler
+                found = measure(name, part.function, shapes, order, target)
                 rows.append((found, part.samples))
                 notes += beside(label, plan, found) if part.name == "update" else []
-                write(Path(options.out), arguments, options.scheduler, rows, notes)
+                head = about(arguments, order, target)
+                write(Path(options.out), head, rows, notes)
 
 
 def name_of(variant: str, plan: Abstract) -> str:
@@ -280,21 +304,28 @@ def name_of(variant: str, plan: Abstract) -> str:
     return f"{variant}, {config.model.dtype}, micro-batch {config.train.microbatch}"
 
 
-def write(
-    path: Path, arguments: Sequence[str], order: str, rows: list, notes: list[str]
-) -> None:
-    """Writes and prints the whole file."""
-    head = [
+def about(arguments: Sequence[str], order: str, target: Target) -> list[str]:
+    """How the table came about."""
+    device, version = jax.devices()[0], f"jax {jax.__version__}"
+    compiler = f"{device.platform} ({device.device_kind}), {version}"
+    how = f"Order of operations on a CPU: for {order}. "
+    if target.chip is not None:
+        libtpu = importlib.metadata.version("libtpu")
+        compiler, how = f"{target.name} by libtpu {libtpu}, {version}", ""
+    return [
         "# Memory and work of Stable Diffusion 1.5 at 512 px, by the compiler",
         "",
         f"`python -m benchmarks.sd_memory {' '.join(arguments)}`".replace(" `", "`"),
-        f"{time.strftime('%Y-%m-%d')}, compiled for {jax.default_backend()} "
-        f"({jax.devices()[0].device_kind}), jax {jax.__version__}.",
-        f"Order of operations on a CPU: for {order}. What configs/aesthetic.py runs on "
-        "one device: 256 samples an epoch, 50 steps, guidance 5 (two rows of the "
-        "network a sample), remat full, AdamW with float32 moments.",
+        f"{time.strftime('%Y-%m-%d')}, compiled for {compiler}; nothing was run.",
+        f"{how}What configs/aesthetic.py runs on one device: 256 samples an epoch, "
+        "50 steps, guidance 5 (two rows of the network a sample), remat full, AdamW "
+        "with float32 moments.",
         "",
     ]
+
+
+def write(path: Path, head: list[str], rows: list, notes: list[str]) -> None:
+    """Writes and prints the whole file."""
     text = "\n".join([*head, *table(rows), "", *notes])
     path.write_text(text.rstrip() + "\n", encoding="utf-8")
     print(text, flush=True)

@@ -79,8 +79,9 @@ HERE = Target("cpu")
 
 @contextlib.contextmanager
 def unsaved() -> Iterator[None]:
-    """Within it no program goes to the persistent cache: without a TPU none of a TPU can
-    be read from there, and each try is a warning.
+    """Within it no program goes to the persistent cache.
+
+    Without a TPU none for a TPU can be read from there, and each try is a warning.
     """
     key = "jax_persistent_cache_min_compile_time_secs"
     before = getattr(jax.config, key)
