@@ -111,7 +111,8 @@ def get_config(variant: str = "") -> ConfigDict:
     c.rewards.jpeg_upscale = 4  # nearest upscaling before JPEG (1 for real pictures)
     c.rewards.threads = 2
     c.rewards.timeout = 120.0  # seconds a batch may take
-    c.rewards.on_failure = "error"  # "error" | "mask" (the sample leaves its group)
+    c.rewards.on_failure = "error"  # "error" | "mask" (the sample leaves its group; so
+    # does one that is NaN)
 
     # Folders or hub repositories, for aesthetic, clip_score, pickscore and hpsv2; two
     # are single files, by path or as owner/name:file of the hub. "assets" is a tiny

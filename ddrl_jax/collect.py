@@ -9,7 +9,7 @@ import numpy as np
 from ddrl_jax.distributed import summed, whole_scores
 from ddrl_jax.draws import draw_chunks, draw_trained_steps, prompts_of
 from ddrl_jax.errors import UserError
-from ddrl_jax.finite import finite_rows, leave_out
+from ddrl_jax.finite import finite_rows, leave_out, stand_ins
 from ddrl_jax.interfaces import Prompts, Rollout, Scores
 from ddrl_jax.learner import Minibatch, TrainState
 from ddrl_jax.metrics import Timer
@@ -18,7 +18,7 @@ from ddrl_jax.preemption import Preemption
 from ddrl_jax.program import Program
 from ddrl_jax.rewards.pool import RewardPool
 from ddrl_jax.rewards.registry import counters
-from ddrl_jax.sharding import Held, place_batch, to_host
+from ddrl_jax.sharding import Held, place_batch, take_rows, to_host
 from ddrl_jax.terms import WEIGHTED
 
 
@@ -60,6 +60,7 @@ def collect(
     with timer("reward"):
         scores = whole_scores(pool.collect(handles), rows, len(prompts.index))
     scores = leave_out(scores, finite, config.rewards.on_failure)
+    chunks = _without_nan(program, chunks, finite)
     advantages, tracker = program.advantages(
         scores.values, scores.valid, prompts.group, prompts.index, tracker
     )
@@ -128,6 +129,29 @@ def _filled(program: Program, state: TrainState, chunk: Minibatch, found: Rollou
         old = program.recompute(state.params, program.frozen, _with_zeros(chunk))
         chunk = chunk._replace(old_log_prob=old)
     return chunk
+
+
+def _without_nan(
+    program: Program, chunks: list[Minibatch], finite: np.ndarray
+) -> list[Minibatch]:
+    """Other samples in place of those that are not finite.
+
+    Their advantage is 0 and they add nothing, as NaN times 0 would.
+    """
+    if finite.all() or not finite.any():
+        return chunks
+    rows, size, mesh = stand_ins(finite, program.chunk), program.chunk, program.mesh
+    by_step = [(chunk.trajectory, chunk.old_log_prob) for chunk in chunks]
+    each = [(chunk.cond, chunk.x0) for chunk in chunks]
+    found = list(chunks)
+    for number in np.unique(np.flatnonzero(~finite) // size):
+        part = rows[number * size : (number + 1) * size]
+        trajectory, old = take_rows(mesh, by_step, part, axis=1)
+        cond, x0 = take_rows(mesh, each, part)
+        found[number] = chunks[number]._replace(
+            trajectory=trajectory, old_log_prob=old, cond=cond, x0=x0
+        )
+    return found
 
 
 def _rollout_gap(policy, chunks: list[Minibatch]) -> dict[str, float]:

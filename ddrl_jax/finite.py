@@ -7,7 +7,7 @@ that black picture a score like any other, so it is told from the latent.
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from ddrl_jax.errors import UserError
 from ddrl_jax.interfaces import Scores
@@ -54,6 +54,23 @@ def broken(finite: Bool[np.ndarray, " b"]) -> UserError:
         + more,
         wanted="finite latents",
         way_out="try --config.model.dtype=float32; in a run that has diverged lower "
-        "--config.optimizer.lr. --config.rewards.on_failure=mask gives them no score "
-        "and counts them; an update with one of them is skipped",
+        "--config.optimizer.lr; --config.rewards.on_failure=mask leaves such samples "
+        "out of their epoch and counts them",
     )
+
+
+def stand_ins(finite: Bool[np.ndarray, " b"], chunk: int) -> Int[np.ndarray, " b"]:
+    """For each sample its own number, or that of a finite one in its place.
+
+    Where there is one it has the same position in another chunk: computed there again
+    it is the same to the bit.
+
+    Args:
+      finite: which samples are finite, at least one.
+      chunk: samples of a call.
+    """
+    rows, good = np.arange(len(finite), dtype=np.int32), np.flatnonzero(finite)
+    for row in np.flatnonzero(~finite):
+        near = good[good % chunk == row % chunk]
+        rows[row] = near[0] if len(near) else good[0]
+    return rows

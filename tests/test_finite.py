@@ -7,15 +7,17 @@ import pytest
 from tiny_runs import perturbed_state, tiny_program
 
 from ddrl_jax.collect import collect
+from ddrl_jax.draws import draw_chunks, prompts_of
 from ddrl_jax.errors import UserError
 from ddrl_jax.evaluate import Evaluation
-from ddrl_jax.finite import finite_rows, leave_out
+from ddrl_jax.finite import finite_rows, leave_out, stand_ins
 from ddrl_jax.interfaces import Scores
 from ddrl_jax.metrics import Timer
 from ddrl_jax.objectives.advantages import PerPromptTracker
 from ddrl_jax.preemption import Preemption
 from ddrl_jax.rewards.pool import RewardPool
 from ddrl_jax.sample import _draw
+from ddrl_jax.train import update_epoch
 
 FINITE = np.array([True, False, True, False])
 
@@ -47,7 +49,12 @@ def run():
 
     def rollout(*inputs):
         found = program.rollout(*inputs)
-        return found._replace(x0=found.x0.at[1].set(jnp.nan))
+        kept = found.trajectory
+        kept = kept._replace(
+            states=kept.states.at[2:, 1].set(jnp.nan),
+            log_prob=kept.log_prob.at[1:, 1].set(jnp.nan),
+        )
+        return found._replace(x0=found.x0.at[1].set(jnp.nan), trajectory=kept)
 
     return program._replace(rollout=rollout), perturbed_state(program)
 
@@ -77,6 +84,39 @@ def test_an_epoch_stops_or_counts_them(run):
     advantages = np.concatenate([c.advantages for c in found.chunks])
     np.testing.assert_array_equal(advantages[[1, 5]], 0.0)
     assert np.count_nonzero(advantages) == 6
+
+
+def test_the_stand_in_of_a_sample_has_its_place():
+    finite = np.array([True, False, False, True] + [True, True, False, False])
+    assert stand_ins(finite, 4).tolist() == [0, 5, 0, 3, 4, 5, 0, 3]
+
+
+def test_the_others_are_trained_as_if_it_had_no_score(run):
+    """The update of an epoch with broken samples against the one of the whole rollouts
+    where the same samples have an advantage of 0."""
+    program, state = run
+    broken, whole = (
+        epoch(run, "mask"),
+        draw_chunks(program, prompts_of(program, 0), 0, 0),
+    )
+    intact = tiny_program({"rewards.weights": {"brightness": 1.0}})
+    kept = broken.chunks[0].trajectory.index
+    chunks = []
+    for chunk, other in zip(whole, broken.chunks, strict=True):
+        found = intact.rollout(
+            state.params, program.frozen, chunk.keys, chunk.cond, kept
+        ).trajectory
+        chunk = chunk._replace(trajectory=found, old_log_prob=found.log_prob)
+        chunks.append(chunk._replace(advantages=other.advantages))
+    copy = lambda: jax.tree.map(jnp.copy, state)  # noqa: E731
+    one, told = update_epoch(program, copy(), broken, 0)
+    two, wanted = update_epoch(program, copy(), broken._replace(chunks=chunks), 0)
+    assert told["bad_updates"] == 0 and told["policy/ratio_max_deviation"] == 0
+    assert told["policy/loss"] == pytest.approx(wanted["policy/loss"], abs=1e-7)
+    for a, b, start in zip(*map(jax.tree.leaves, (one, two, state)), strict=True):
+        if jnp.ndim(a) > 1:
+            moved = np.abs(np.asarray(b) - np.asarray(start)).max()
+            np.testing.assert_allclose(a, b, atol=1e-3 * moved + 1e-9)
 
 
 def test_a_policy_that_is_nan_is_not_evaluated_and_writes_no_data():
