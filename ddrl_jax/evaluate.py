@@ -227,7 +227,7 @@ def evaluate_mode(config: Any, workdir: str) -> None:
     check_rewards(judges)
     program = build(config, judges)
     checkpoints = Checkpoints(home.checkpoints, 0, 1, read_only=True)
-    epoch, state, _ = start(program, checkpoints)
+    epoch, state, *_ = start(program, checkpoints)
     values, picture = Evaluation(program, judges).judge(state)
     if not is_main():
         return

@@ -66,7 +66,7 @@ def export_mode(config: Any, workdir: str) -> None:
     whole = without_data(config).copy_and_resolve_references()
     whole.lora.base_dtype = "float32"  # the base itself, not what bfloat16 left of it
     program = build(whole)
-    epoch, state, _ = start(program, checkpoints)
+    epoch, state, *_ = start(program, checkpoints)
     trained = jax.tree.map(lambda a: a.astype(jnp.float32), state.average)
     weights = to_host(_weights(program, trained))
     if not is_main():

@@ -1,6 +1,10 @@
 """Where a run begins: the newest checkpoint of its workdir, or the first epoch."""
 
-from typing import Any
+import json
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
 
 from ddrl_jax.checkpoint import Checkpoints, abstract
 from ddrl_jax.errors import UserError
@@ -10,9 +14,29 @@ from ddrl_jax.program import Program
 from ddrl_jax.sharding import put, replicated
 
 
-def start(
-    program: Program, checkpoints: Checkpoints
-) -> tuple[int, TrainState, PerPromptTracker]:
+class Start(NamedTuple):
+    """The state to begin with.
+
+    Attributes:
+      epoch: how many epochs are done.
+      state: of the weights and the optimizer.
+      tracker: of the rewards.
+      line: metrics of the last of these epochs, which a notice has kept from being
+        evaluated and written; None where it was.
+    """
+
+    epoch: int
+    state: TrainState
+    tracker: PerPromptTracker
+    line: dict[str, Any] | None = None
+
+    @property
+    def written(self) -> int:
+        """The last epoch whose metrics stay; -1 before the first."""
+        return self.epoch - (self.line is not None) if self.epoch else -1
+
+
+def start(program: Program, checkpoints: Checkpoints) -> Start:
     """The state to begin with: the newest checkpoint's, or a new one."""
     config = program.config
     tracker = put(
@@ -22,20 +46,29 @@ def start(
     like = {"train": program.abstract_state(), "tracker": abstract(tracker)}
     found = checkpoints.restore(like, config.checkpoint.resume)
     if found is None:
-        return 0, program.new_state(), tracker
+        return Start(0, program.new_state(), tracker)
     _check_weights(program, found.cursor)
-    return found.epoch, found.state["train"], found.state["tracker"]
+    line = json.loads(found.cursor.get("line", "null"))
+    return Start(found.epoch, found.state["train"], found.state["tracker"], line)
 
 
 def save(
-    checkpoints, epoch: int, state, tracker, program: Program, force: bool
+    checkpoints,
+    epoch: int,
+    state,
+    tracker,
+    program: Program,
+    force: bool,
+    line: Mapping[str, Any] | None = None,
 ) -> None:
-    """Saves everything that influences the epochs to come."""
+    """Saves what influences the epochs to come, and a line that is still to write."""
     cursor = {
         "epoch": epoch,
         "samples_seen": epoch * samples_per_epoch(program.config),
         "weights": program.pipeline.fingerprint,
     }
+    if line is not None:  # as a text: NaN is none of JSON's values
+        cursor["line"] = json.dumps({k: np.asarray(v).item() for k, v in line.items()})
     if epoch:
         checkpoints.save(epoch, {"train": state, "tracker": tracker}, cursor, force)
 

@@ -43,7 +43,7 @@ def sample_mode(config: Any, workdir: str) -> None:
         refuse_existing(output)  # before anything is built
         program = build(without_data(config))
         checkpoints = Checkpoints(home.checkpoints, 0, 1, read_only=True)
-        _, state, _ = start(program, checkpoints)
+        state = start(program, checkpoints).state
         drawn = _draw(program, state)
         if not is_main():  # helps to draw, and process 0 writes
             deque(drawn, maxlen=0)

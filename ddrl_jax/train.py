@@ -75,25 +75,30 @@ def run(
 ) -> None:
     """The loop itself, from the newest checkpoint to the last epoch."""
     config = program.config
-    epoch, state, tracker = start(program, checkpoints)
-    if epoch >= config.train.epochs:
+    begin = start(program, checkpoints)
+    epoch, state, tracker, line = begin
+    if epoch >= config.train.epochs and line is None:
         if is_main():
             print(f"{home.root}: all {epoch} epochs are done", flush=True)
         return
     if is_main():
-        continue_from(home, epoch if epoch else -1)
+        continue_from(home, begin.written)
     if config.policy.weight and config.policy.term not in WEIGHTED:
         check_ratio(program, state)
     evaluation, timer = Evaluation(program, rewards), Timer()
     utilization = Utilization(program)
     with (
         make_pool(program, rewards) as pool,
-        Metrics(home, config.log, resume_step=epoch) as metrics,
+        Metrics(home, config.log, resume_step=begin.written) as metrics,
         ProgressBar(config.train.epochs, config.log.progress, epoch) as bar,
         Profile(home.root / "profile", profile) as trace,
     ):
         if epoch == 0:
             metrics.write(0, evaluation.run(state, metrics, 0))
+        if line is not None and not stop.agree():  # left by a notice
+            line |= evaluate(evaluation, config, state, metrics, epoch)
+            metrics.write(epoch, line)
+            line = None
         timer.epoch()  # what came before belongs to no epoch
         while epoch < config.train.epochs and not stop.agree():
             trace.begin(epoch + 1)
@@ -113,7 +118,10 @@ def run(
             values |= speeds(config, values, epoch)
             values |= utilization(batch.chunks, values)
             del batch  # its trajectories, before the next ones are collected
-            # 4. Evaluate.
+            # 4. Evaluate; after a notice the restart does: the time left may be short.
+            if is_due(config, epoch) and stop.agree():
+                line = values
+                break
             last = epoch == config.train.epochs
             with timer.aside():
                 values |= evaluate(evaluation, config, state, metrics, epoch)
@@ -122,7 +130,7 @@ def run(
             # 5. Save.
             with timer.aside():
                 save(checkpoints, epoch, state, tracker, program, force=last)
-    save(checkpoints, epoch, state, tracker, program, force=True)
+    save(checkpoints, epoch, state, tracker, program, force=True, line=line)
     if stop.agree():
         checkpoints.wait()
         if is_main():
@@ -199,13 +207,18 @@ def update_epoch(
 def evaluate(
     evaluation: Evaluation, config: Any, state: TrainState, metrics: Metrics, epoch: int
 ) -> dict[str, Any]:
-    """Evaluates every config.evaluate.every epochs and at the end of the run."""
-    every, last = config.evaluate.every, epoch == config.train.epochs
-    due = every and epoch % every == 0
-    if not last and not due:
+    """Evaluates where it is due; what only the end of the run asks for is marked."""
+    if not is_due(config, epoch):
         return {}
-    found = evaluation.run(state, metrics, epoch)
-    return found | ({} if due else {ONLY_AT_END: tuple(found)})
+    found, every = evaluation.run(state, metrics, epoch), config.evaluate.every
+    usual = every and epoch % every == 0
+    return found | ({} if usual else {ONLY_AT_END: tuple(found)})
+
+
+def is_due(config: Any, epoch: int) -> bool:
+    """Whether an epoch is evaluated: every config.evaluate.every, and the last one."""
+    every, last = config.evaluate.every, epoch == config.train.epochs
+    return last or bool(every and epoch % every == 0)
 
 
 def make_pool(program: Program, rewards: dict[str, Reward]) -> RewardPool:

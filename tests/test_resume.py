@@ -1,7 +1,9 @@
 """k epochs, a stop and k epochs are 2k epochs at a stretch, to the bit."""
 
 import json
+import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -114,7 +116,8 @@ def train():
 
     def recorded(program, state, epoch, *others):
         batch = collect(program, state, epoch, *others)
-        draws[epoch] = drawn(batch)
+        if batch is not None:  # None: told to end
+            draws[epoch] = drawn(batch)
         return batch
 
     def run(flags: tuple[str, ...], workdir: Path, epochs: int) -> dict[int, Any]:
@@ -155,6 +158,45 @@ def test_what_is_compared_moves_and_holds_the_rewards_of_each_prompt(runs):
     if "tracker_min" in " ".join(runs.flags):
         counts = [np.asarray(s["tracker"]["count"]) for s in saved]
         assert counts[0].max() >= 4 and counts[1].sum() > counts[0].sum()
+
+
+def told_to_end(patch: pytest.MonkeyPatch, name: str, epoch: int) -> None:
+    """SIGTERM when a function of the loop is called for this epoch (from 0)."""
+    work = getattr(loop, name)
+
+    def interrupted(program, state, *others):
+        if epoch in others:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return work(program, state, *others)
+
+    patch.setattr(loop, name, interrupted)
+
+
+@pytest.mark.parametrize(
+    ("epoch", "stage"),
+    [(K, "update_epoch"), (K, "collect"), (2 * K - 1, "collect")],
+)
+def test_told_to_end_in_an_update_it_saves_and_the_restart_evaluates(
+    epoch, stage, runs, tmp_path
+):
+    """The epoch is due for its evaluation; the second start is told to end as well."""
+    workdir, wanted = shutil.copytree(runs.half, tmp_path / "run"), metrics(runs.whole)
+    asked = []
+    with pytest.MonkeyPatch.context() as patch:
+        told_to_end(patch, "update_epoch", epoch)
+        evaluation = loop.Evaluation.run
+        patch.setattr(
+            loop.Evaluation, "run", lambda *a: asked.append(a[-1]) or evaluation(*a)
+        )
+        runs.run(runs.flags, workdir, 2 * K)
+    assert (workdir / "checkpoints" / str(epoch + 1)).is_dir()
+    assert epoch + 1 not in asked
+    assert metrics(workdir) == wanted[: epoch + 1]
+    with pytest.MonkeyPatch.context() as patch:
+        told_to_end(patch, stage, epoch + 1)
+        runs.run(runs.flags, workdir, 2 * K)
+    runs.run(runs.flags, workdir, 2 * K)
+    check_same(workdir, runs.whole)
 
 
 @pytest.mark.parametrize("runs", ["ddpo_is"], indirect=True)
