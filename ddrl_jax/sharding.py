@@ -19,7 +19,7 @@ Rules = Mapping[str | None, tuple[str, ...]]  # logical axis -> mesh axes
 
 AXES = ("data", "fsdp", "tensor", "context")
 BATCH = ("data", "fsdp")
-READ_AT_ONCE = 16  # batches that one compiled call takes rows of
+READ_AT_ONCE = 8  # batches that one compiled call takes rows of
 RULES: Rules = {
     "batch": BATCH,
     "embed": ("fsdp",),
@@ -227,8 +227,8 @@ def take_rows(
 ) -> Any:
     """The batch of some rows of several equal batches, wherever these lie.
 
-    The batches are read a few at a time and never joined: beside them there is only
-    the new one.
+    Only batches that have such a row are read, and never joined: beside them there is
+    only the new one, and on several devices one of them whole.
 
     Args:
       mesh: where the batches are.
@@ -237,22 +237,30 @@ def take_rows(
       axis: of the rows.
     """
     place = NamedSharding(mesh, P(*(None,) * axis, BATCH))
-    rows, found = put(np.asarray(rows, np.int32), replicated(mesh)), None
-    for first in range(0, len(batches), READ_AT_ONCE):
-        part = tuple(batches[first : first + READ_AT_ONCE])
-        found = fill_rows(found, part, rows, np.int32(first), axis=axis, place=place)
+    rows = np.asarray(rows, np.int32)
+    needed = np.unique(rows // len(rows))
+    # Devices send each other the whole batch: then one at a time.
+    at_once = min(READ_AT_ONCE, len(batches)) if batch_shares(mesh) == 1 else 1
+    wanted, found = put(rows, replicated(mesh)), None
+    for first in range(0, len(needed), at_once):
+        numbers = needed[first : first + at_once]
+        numbers = np.pad(numbers, (0, at_once - len(numbers)), mode="edge")
+        part = tuple(batches[n] for n in numbers)
+        found = fill_rows(found, part, wanted, numbers, axis=axis, place=place)
     return found
 
 
 @partial(jax.jit, static_argnames=("axis", "place"), donate_argnames="found")
-def fill_rows(found: Any, batches: tuple, rows: Any, first: Any, *, axis, place) -> Any:
-    """Writes those of the rows that these batches have, the first of number `first`."""
+def fill_rows(
+    found: Any, batches: tuple, rows: Any, numbers: Any, *, axis: int, place: Any
+) -> Any:
+    """Writes those of the rows that are in these batches, which have these numbers."""
 
     def fill(*leaves: Any) -> Any:
         batch = leaves[0].shape[axis]
         out = jnp.zeros_like(leaves[0]) if found is None else leaves[0]
-        for number, leaf in enumerate(leaves if found is None else leaves[1:]):
-            local = rows - (first + number) * batch
+        for k, leaf in enumerate(leaves if found is None else leaves[1:]):
+            local = rows - numbers[k] * batch
             taken = jnp.take(leaf, jnp.clip(local, 0, batch - 1), axis, mode="clip")
             here = (local >= 0) & (local < batch)
             shape = (*(1,) * axis, batch, *(1,) * (leaf.ndim - axis - 1))

@@ -120,32 +120,30 @@ def test_eight_devices_have_the_minibatches_of_one():
         np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("count", [1, 16, 17, 40])
+@pytest.mark.parametrize("count", [1, 2, 40])
 def test_many_batches_are_read_in_portions(count):
+    """Of 40 batches of 12 rows, rows of one, of eight and of twelve."""
     mesh = make_mesh(dict(zip(AXES, (1, 1, 1, 1), strict=True)))
-    whole = np.arange(2.0 * count, dtype=np.float32) - 3.0
+    whole = np.arange(12.0 * count, dtype=np.float32) - 3.0
     whole[0] = -0.0  # every bit comes along
     parts = [place_batch(mesh, a) for a in np.split(whole, count)]
-    for rows in ([2 * count - 1, 0], [0, 0], [count, count - 1]):
-        found = take_rows(mesh, parts, np.array(rows))
+    spread = np.arange(12) * max(len(whole) // 12, 1) % len(whole)
+    for rows in (np.arange(12)[::-1], np.zeros(12, int), spread, spread // 5 * 4):
+        found = take_rows(mesh, parts, rows)
         assert np.asarray(found).tobytes() == whole[rows].tobytes()
 
 
-def test_reading_rows_needs_no_room_for_all_batches():
-    mesh = make_mesh(dict(zip(AXES, (1, 1, 1, 1), strict=True)))
-    batches = tuple(
-        place_batch(mesh, np.zeros((4, 1000), np.float32)) for _ in "x" * 16
-    )
-    rows, place = np.arange(4, dtype=np.int32), batches[0].sharding
+@pytest.mark.parametrize("devices", [1, 8])
+def test_reading_rows_needs_no_room_for_all_batches(devices):
+    """On several devices each holds one whole batch meanwhile, and no more."""
+    mesh = make_mesh(dict(zip(AXES, (devices, 1, 1, 1), strict=True)))
+    at_once = 8 if devices == 1 else 1
+    part = place_batch(mesh, np.zeros((8, 1000), np.float32))
+    rows, numbers = np.arange(8, dtype=np.int32), np.arange(at_once)
     compiled = fill_rows.lower(
-        batches[0], batches, rows, np.int32(0), axis=0, place=place
+        part, (part,) * at_once, rows, numbers, axis=0, place=part.sharding
     ).compile()
-    one = 4 * 1000 * 4
-    assert compiled.memory_analysis().temp_size_in_bytes <= 3 * one
-
-
-def live_bytes() -> int:
-    return sum(array.nbytes for array in jax.live_arrays())
+    assert compiled.memory_analysis().temp_size_in_bytes <= 2.1 * part.nbytes
 
 
 def bytes_of(tree) -> int:
