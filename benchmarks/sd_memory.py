@@ -42,46 +42,12 @@ from ddrl_jax.flops import Count, count
 from ddrl_jax.models.clip_config import ClipVisionConfig
 from ddrl_jax.models.networks import network_shapes
 from ddrl_jax.models.sd_folder import read_source
+from ddrl_jax.models.sd_published import FILES
 from ddrl_jax.plan.lowered import Abstract, bytes_per_device, describe
 from ddrl_jax.plan.target import HERE, Target, choose, unsaved
 from ddrl_jax.program import chunk_size
 
 RESULTS = Path(__file__).resolve().parent / "results" / "sd_memory.md"
-MODEL: dict[str, dict[str, Any]] = {  # the JSON of Stable Diffusion 1.5
-    "model_index": {"_class_name": "StableDiffusionPipeline"},
-    "unet/config": {
-        "sample_size": 64,
-        "in_channels": 4,
-        "out_channels": 4,
-        "layers_per_block": 2,
-        "block_out_channels": (320, 640, 1280, 1280),
-        "down_block_types": ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
-        "up_block_types": ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3,
-        "attention_head_dim": 8,
-        "cross_attention_dim": 768,
-    },
-    "vae/config": {
-        "block_out_channels": (128, 256, 512, 512),
-        "down_block_types": ("DownEncoderBlock2D",) * 4,
-        "up_block_types": ("UpDecoderBlock2D",) * 4,
-        "layers_per_block": 2,
-        "latent_channels": 4,
-        "scaling_factor": 0.18215,
-    },
-    "text_encoder/config": {
-        "hidden_size": 768,
-        "intermediate_size": 3072,
-        "num_hidden_layers": 12,
-        "num_attention_heads": 12,
-    },
-    "scheduler/scheduler_config": {
-        "beta_schedule": "scaled_linear",
-        "beta_start": 0.00085,
-        "beta_end": 0.012,
-        "steps_offset": 1,
-        "set_alpha_to_one": False,
-    },
-}
 # CLIP ViT-L/14's picture tower, which the aesthetic score looks through
 JUDGE = ClipVisionConfig(
     hidden_size=1024, intermediate_size=4096, projection_dim=768, num_hidden_layers=24,
@@ -170,7 +136,7 @@ def widened(program: str, plan: str) -> int:
 
 def write_model(folder: Path) -> Path:
     """Stable Diffusion 1.5 in the layout of diffusers, without its weights."""
-    for name, content in MODEL.items():
+    for name, content in FILES.items():
         path = folder / f"{name}.json"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(content), encoding="utf-8")

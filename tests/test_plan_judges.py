@@ -6,6 +6,7 @@ import jax
 import pytest
 
 from configs import aesthetic, base
+from ddrl_jax.errors import UserError
 from ddrl_jax.plan.judges import judge_bytes
 from ddrl_jax.plan.lowered import describe
 from ddrl_jax.plan.memory import resident, uncounted
@@ -72,3 +73,22 @@ def test_text_encoder_and_autoencoder_of_a_run():
     plan.config.rewards.clip = "someone/a-clip-of-their-own"
     assert uncounted(plan) == ["CLIP of someone/a-clip-of-their-own"]
     assert resident(plan)["judges"] < rows["judges"]
+
+
+def test_the_published_task_is_planned_without_a_hub():
+    """Stable Diffusion 1.5 with the aesthetic judge; parameters as published."""
+    config = aesthetic.get_config()
+    config.mesh.data = 1
+    plan = describe(config)
+    network = sum(leaf.size for leaf in jax.tree.leaves(plan.weights.shapes["params"]))
+    trained = sum(leaf.size for leaf in jax.tree.leaves(plan.weights.abstract.params))
+    assert (network, trained) == (859_520_964, 797_184)
+    assert plan.weights.pipeline.latent_shape == (64, 64, 4)
+    rows = resident(plan)
+    assert rows["text encoder"] == 4 * TEXT_L
+    assert rows["autoencoder"] == 4 * 83_653_863
+    assert rows["judges"] == 4 * (PICTURES_L + 1 + 927_969)
+    assert rows["prompt embeddings"] == 45 * 77 * 768 * 4
+    config.model.init = "someone/a-model-of-their-own"
+    with pytest.raises(UserError, match="someone/a-model-of-their-own"):
+        describe(config)

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 from ddrl_jax.errors import UserError
 from ddrl_jax.models.clip import ClipTextConfig
 from ddrl_jax.models.folder import read_json
+from ddrl_jax.models.sd_published import FILES
 from ddrl_jax.models.unet_config import UNetConfig
 from ddrl_jax.models.vae import VaeConfig
 
@@ -65,16 +66,30 @@ def read_source(folder: Path, variant: str = "") -> Source:
         program can not honour.
     """
     check_class(folder)
-    source = Source(
-        folder=folder,
-        variant=variant,
-        unet=UNetConfig.from_json(_component(folder, "unet")),
-        vae=VaeConfig.from_json(_component(folder, "vae")),
-        text=ClipTextConfig.from_json(_component(folder, "text_encoder")),
-        prediction=read_prediction(folder / "scheduler" / "scheduler_config.json"),
-    )
+    parts = {name: _component(folder, name) for name in ("unet", "vae", "text_encoder")}
+    prediction = read_prediction(folder / "scheduler" / "scheduler_config.json")
+    source = _source(folder, variant, parts, prediction)
     _check_sizes(source)
     return source
+
+
+def published_source(repo_id: str) -> Source:
+    """What is known of a repository of `sd_published`, for plans: nothing is read."""
+    parts = {name: FILES[f"{name}/config"] for name in ("unet", "vae", "text_encoder")}
+    return _source(Path(repo_id), "", parts, "eps")
+
+
+def _source(
+    folder: Path, variant: str, parts: Mapping[str, Any], prediction: str
+) -> Source:
+    return Source(
+        folder=folder,
+        variant=variant,
+        unet=UNetConfig.from_json(parts["unet"]),
+        vae=VaeConfig.from_json(parts["vae"]),
+        text=ClipTextConfig.from_json(parts["text_encoder"]),
+        prediction=prediction,
+    )
 
 
 def check_class(folder: Path) -> None:

@@ -18,7 +18,8 @@ from ddrl_jax.models.hub import resolve
 from ddrl_jax.models.latent_codec import make_decode, make_encode_images
 from ddrl_jax.models.networks import network_shapes
 from ddrl_jax.models.prompt_encoder import make_encode
-from ddrl_jax.models.sd_folder import Source, read_source
+from ddrl_jax.models.sd_folder import Source, published_source, read_source
+from ddrl_jax.models.sd_published import REPOSITORIES
 from ddrl_jax.models.unet import PRECISE, UNet2DConditionModel
 from ddrl_jax.sharding import batch_shares
 
@@ -46,7 +47,8 @@ def stable_diffusion_pipeline(config: Any, mesh: Mesh | None = None) -> Pipeline
 def planned_pipeline(config: Any, mesh: Mesh | None = None) -> Pipeline:
     """The same of the folder's JSON alone: weights are shapes, nothing can run.
 
-    Of a hub repository only the JSON and text files are downloaded.
+    Of a hub repository only the JSON and text files are downloaded; of those in
+    `sd_published` nothing is.
 
     Args:
       config: the whole configuration.
@@ -55,7 +57,11 @@ def planned_pipeline(config: Any, mesh: Mesh | None = None) -> Pipeline:
     Raises:
       UserError: the model can not be found, read or honoured.
     """
-    source = read_source(model_folder(config.model, False), config.model.variant)
+    model = config.model
+    if model.init in REPOSITORIES and not Path(model.init).is_dir():
+        source = published_source(model.init)
+    else:
+        source = read_source(model_folder(model, False), model.variant)
     return assemble(source, mesh=mesh, weights=False, **_options(config))
 
 
