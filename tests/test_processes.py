@@ -196,11 +196,34 @@ def killed(workdir: Path, run: list, victim: int) -> int:
     return epochs_saved(workdir)[-1]
 
 
+TOLD = """
+import os, signal
+import ddrl_jax.train as loop
+from ddrl_jax.main import main
+
+update = loop.update_epoch
+
+def told(program, state, batch, epoch):
+    if epoch == 1 and os.environ["DDRL_PROCESS"] == "1":
+        os.kill(os.getpid(), signal.SIGTERM)
+    return update(program, state, batch, epoch)
+
+loop.update_epoch = told
+main()
+"""
+
+
 @pytest_slow
-def test_sigterm_to_one_stops_all_at_the_same_epoch(tmp_path):
-    run = start(tmp_path / "run", 2, *LONG)
-    saved_and_going(tmp_path / "run", run)
-    told_to_end(tmp_path / "run", run, 1)
+def test_sigterm_to_one_in_an_update_stops_all_after_it(alone, tmp_path):
+    """The evaluation of its epoch is left to the restart, whatever the time left."""
+    workdir = tmp_path / "run"
+    found = ends(start(workdir, 2, code=TOLD))
+    assert [status for status, *_ in found] == [0, 0], found
+    assert "a signal to another process: epoch 2 is saved" in found[0][2]
+    assert epochs_saved(workdir)[-1] == 2
+    assert [line["step"] for line in metrics(workdir)] == [0, 1]
+    to_its_end(workdir, 2)
+    check_same(workdir, alone)
 
 
 @pytest_slow
