@@ -28,7 +28,8 @@ from ddrl_jax.interfaces import Scores
 from ddrl_jax.surroundings import Place, check_alone
 from ddrl_jax.watch import FOREVER_MS, Rank, Watch
 
-HEARTBEAT = 25  # seconds without a word from a process until the others end
+HEARTBEAT = 45  # seconds until JAX aborts the others of a process that stands still;
+# Watch is sooner where it has ended or its machine is gone
 ARRIVAL = 300  # seconds that the processes of a run may take to come together
 TEXT_BYTES = 512  # of what a process tells the others
 T = TypeVar("T")

@@ -2,9 +2,11 @@
 
 A connection to process 0 is open for as long as a process lives: the kernel closes it
 when the process is killed, long before a heartbeat is missed, and whoever fails says
-why. jax.distributed would abort the others with a stack of C++ instead.
+why. Where a machine or the way to it is gone, nobody closes it: the kernel asks, and
+gives it up. jax.distributed would abort the others with a stack of C++ instead.
 """
 
+import errno
 import json
 import os
 import secrets
@@ -18,11 +20,20 @@ from typing import Any, NamedTuple
 from ddrl_jax.errors import EXIT_AGAIN, TryAgain, UserError
 
 MEETING = "ddrl_jax/watch"  # where process 0 says how it is reached
+GONE = (errno.ETIMEDOUT, errno.EHOSTUNREACH, errno.ENETUNREACH)
 END = "ddrl_jax/end"  # the barrier after which connections may close
 PATIENCE = 60  # seconds until all are connected
 HELLO = 5.0  # seconds in which whoever calls has to say who it is
 ECHO = 3.0  # seconds in which the cause of an error of ours may show in another process
 FAREWELL = 3.0  # seconds that process 0 waits for the others to have read
+# Seconds after which the kernel asks for a sign of life, and again; of 3 without an
+# answer, or 20 s that nothing which was sent arrives, it gives up.
+KEEPALIVE = {
+    "TCP_KEEPIDLE": 5,
+    "TCP_KEEPINTVL": 5,
+    "TCP_KEEPCNT": 3,
+    "TCP_USER_TIMEOUT": 20_000,
+}
 FOREVER_MS = 30 * 24 * 3600 * 1000
 
 
@@ -97,17 +108,23 @@ class Watch:
         if key != token:
             call.close()
             return
-        call.settimeout(None)
-        self._names[call] = name
+        self._keep(call, name)
 
     def _connect(self) -> None:
         """The others: call process 0."""
         found = self._client.blocking_key_value_get(MEETING, 1000 * PATIENCE)
         host, port, token = json.loads(found)
         call = socket.create_connection((host, port), timeout=PATIENCE)
-        call.settimeout(None)
-        self._names[call] = f"process 0 at {host}"
+        self._keep(call, f"process 0 at {host}")
         call.sendall(json.dumps([token, self._me()]).encode() + b"\n")
+
+    def _keep(self, call: socket.socket, name: str) -> None:
+        call.settimeout(None)
+        call.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        for option, value in KEEPALIVE.items():
+            if hasattr(socket, option):  # Linux has all of them
+                call.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)
+        self._names[call] = name
 
     def _send(self, message: dict[str, Any]) -> None:
         for call in self._names:
@@ -129,10 +146,13 @@ class Watch:
 
     def _heard(self, call: socket.socket) -> bool:
         """Reads what a process says; False when it has nothing more to say."""
+        how = "ended without a word, as when killed"
         try:
             said = call.recv(65536)
-        except OSError:
+        except OSError as error:
             said = b""
+            if error.errno in GONE:
+                how = "is not reached any more: its machine, or the network"
         *lines, self._partial[call] = (self._partial.get(call, b"") + said).split(b"\n")
         for line in lines:
             message = json.loads(line)
@@ -141,8 +161,7 @@ class Watch:
             if "bye" in message:
                 self._left.add(call)
         if not said and call not in self._left:
-            cause = f"{self._names[call]} ended without a word, as when killed"
-            self._end(cause, EXIT_AGAIN)
+            self._end(f"{self._names[call]} {how}", EXIT_AGAIN)
         return bool(said)
 
     def _end(self, cause: str, status: int) -> None:

@@ -1,11 +1,14 @@
 """What the others of a run are told when one can not go on, before any training."""
 
+import os
+import subprocess
+import sys
 import time
 
 import pytest
-from process_runs import MAIN, ends, free_port, process, start
+from process_runs import MAIN, ROOT, ends, free_port, process, start
 
-from ddrl_jax.errors import EXIT_ERROR
+from ddrl_jax.errors import EXIT_AGAIN, EXIT_ERROR
 
 # Longer than gloo waits (30 s) for a process that it was never connected to.
 LATE = """
@@ -56,3 +59,54 @@ def test_a_device_that_does_not_start_in_one_ends_all(victim, tmp_path):
     assert "JAX can not start on this machine" in found[1 - victim][2]
     assert not any("Traceback" in errors for *_, errors in found)
     assert not (tmp_path / "run").exists()
+
+
+# In a network of their own, which is then taken away: nothing arrives any more, and
+# nobody says that a connection is closed.
+CUT_OFF = """
+ip link set lo up
+for i in 0 1; do
+  DDRL_PROCESS=$i "$1" -c "$2" >"$3/$i.out" 2>"$3/$i.err" &
+  pids[i]=$!
+done
+until [ -f "$3/0.ready" ] && [ -f "$3/1.ready" ]; do sleep 0.1; done
+ip link set lo down
+for i in 0 1; do wait "${pids[i]}"; echo "ended $?"; done
+"""
+WORKING = """
+import os, pathlib, sys, time
+import numpy as np
+from ddrl_jax.distributed import every, joined
+from ddrl_jax.surroundings import place
+
+with joined(place({}, os.environ)):
+    every(np.zeros(1))
+    pathlib.Path(os.environ["READY"], os.environ["DDRL_PROCESS"] + ".ready").touch()
+    time.sleep(300)
+"""
+
+
+@pytest.mark.slow
+def test_a_network_that_is_gone_ends_all_in_30_seconds(tmp_path):
+    command = ["unshare", "--user", "--map-root-user", "--net"]
+    if subprocess.run([*command, "ip", "link"], capture_output=True).returncode:
+        pytest.skip("this machine gives no network to cut off")
+    place = {"DDRL_COORDINATOR": "127.0.0.1:9999", "DDRL_PROCESSES": "2"}
+    place |= {"JAX_NUM_CPU_DEVICES": "1", "READY": str(tmp_path)}
+    arguments = ["bash", "-c", CUT_OFF, "-", sys.executable, WORKING, str(tmp_path)]
+    found = subprocess.run(
+        [*command, *arguments],
+        cwd=ROOT,
+        env=os.environ | place,
+        capture_output=True,
+        text=True,
+        timeout=200,
+        check=False,
+    )
+    ready = max(path.stat().st_mtime for path in tmp_path.glob("*.ready"))
+    assert found.stdout.split() == ["ended", str(EXIT_AGAIN)] * 2, found
+    for i in range(2):
+        written = tmp_path / f"{i}.err"
+        assert written.stat().st_mtime - ready < 30
+        assert f"process {1 - i} " in written.read_text()
+        assert "is not reached any more" in written.read_text()

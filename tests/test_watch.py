@@ -13,11 +13,18 @@ from ddrl_jax.watch import Watch
 TOKEN = "0123456789abcdef"
 
 
+def tcp() -> tuple[socket.socket, socket.socket]:
+    """Both ends of a connection."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        theirs = socket.create_connection(server.getsockname())
+        return server.accept()[0], theirs
+
+
 def welcomed(said: bytes, close: bool = False):
     """Process 0 takes a call that begins so: (its calls, the caller's end)."""
     zero = Watch.__new__(Watch)  # without the service that Watch() asks
     zero._names = {}
-    ours, theirs = socket.socketpair()
+    ours, theirs = tcp()
     theirs.sendall(said)
     if close:
         theirs.shutdown(socket.SHUT_WR)
@@ -67,7 +74,7 @@ def test_who_says_nothing_holds_nobody_up(monkeypatch):
 def connected():
     """Process 1 of two, and the other end of its connection."""
     one = Watch.__new__(Watch)
-    ours, theirs = socket.socketpair()
+    ours, theirs = tcp()
     one._index, one._count, one._names = 1, 2, {ours: "process 0 at a"}
     one._left, one._partial, one._ending = set(), {}, threading.Lock()
     return one, ours, theirs
