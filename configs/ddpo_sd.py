@@ -23,8 +23,8 @@ an epoch.
 | "smoke"      | tiny shipped one | clipped               | 3e-4 | seconds     |
 
 "NAME-smoke" is any of them on the tiny shipped model. ddrl needs captioned pictures:
---config.data.path=FOLDER, or the base model's own, which --mode=sample writes and
---config.data.source=samples reads. The KL and data weights are starting points, not
+--config.data.path=FOLDER, a TFDS data set (--config.data.source=tfds), or the base
+model's own, which --mode=sample writes and --config.data.source=samples reads. The KL and data weights are starting points, not
 measured.
 
 Where this differs from the paper and its two repositories:

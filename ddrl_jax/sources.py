@@ -9,12 +9,13 @@ import numpy as np
 
 from ddrl_jax.data.emoji import emoji_source
 from ddrl_jax.data.images import Pictures
-from ddrl_jax.data.latent_writer import write_latents
+from ddrl_jax.data.latent_writer import FORMAT, tell_skipped, write_latents
 from ddrl_jax.data.latents import LatentSource, latent_source
 from ddrl_jax.data.picture_folder import read_folder
-from ddrl_jax.data.picture_tfds import read_tfds
+from ddrl_jax.data.picture_tfds import read_tfds, tfds_folder
 from ddrl_jax.data.read_ahead import ReadAhead
 from ddrl_jax.data.samples import sample_source
+from ddrl_jax.data.seen import files_digest, recall, remember
 from ddrl_jax.interfaces import Cond, DataSource, Pipeline
 from ddrl_jax.models.folder import fingerprint
 from ddrl_jax.models.stable_diffusion import model_folder
@@ -34,7 +35,7 @@ def make_source(config: Any, pipeline: Pipeline) -> DataSource | None:
     if data.source == "none":
         return None
     if config.model.name == "stable_diffusion":
-        return _cached(config, pipeline, _pictures(config, pipeline))
+        return _streamed(latent_source(_cached(config, pipeline)))
     if data.source == "samples":
         return sample_source(data.path)
     return emoji_source(
@@ -55,46 +56,74 @@ def without_data(config: Any) -> Any:
     return config
 
 
-def _pictures(config: Any, pipeline: Pipeline) -> Pictures:
+def _resolution(pipeline: Pipeline) -> int:
+    """Pixels of a side of the pictures that the model works on."""
+    latent = jax.ShapeDtypeStruct((1, *pipeline.latent_shape), np.float32)
+    return jax.eval_shape(pipeline.decode, latent).shape[1]
+
+
+def _features(data: Any) -> tuple[str, str, str]:
+    """(split, image feature, caption feature) of a TFDS data set."""
+    if data.source == "samples":
+        return "train", "image", "caption"
+    return data.split, data.image_feature, data.caption_feature
+
+
+def _pictures(data: Any, resolution: int) -> Pictures:
     """The pictures of a folder or a TFDS data set, in the size the model works on."""
-    data = config.data
-    resolution = jax.eval_shape(
-        pipeline.decode, jax.ShapeDtypeStruct((1, *pipeline.latent_shape), np.float32)
-    ).shape[1]
     if data.source == "folder":
         return read_folder(data.path, resolution, data.resample, data.on_bad)
-    names = {"samples": ("train", "image", "caption")}
-    split, image, caption = names.get(
-        data.source, (data.split, data.image_feature, data.caption_feature)
-    )
     return read_tfds(
-        data.path, resolution, split, image, caption, data.tfds_dir, data.resample,
+        data.path,
+        resolution,
+        *_features(data),
+        data.tfds_dir,
+        data.resample,
         data.on_bad,
-    )  # fmt: skip
+    )
 
 
-def _cached(config: Any, pipeline: Pipeline, pictures: Pictures) -> DataSource:
-    """Their latents and embeddings, from a cache that is written once."""
+def _cached(config: Any, pipeline: Pipeline) -> Path:
+    """The cache of their latents and embeddings, which is written once.
+
+    Data whose files are as they were when it was written are not read again.
+    """
     data, model = config.data, config.model
-    folder = model_folder(model)
-    encode = pipeline.encode_images
+    folder, caches = model_folder(model), Path(data.cache).expanduser()
+    encode, resolution = pipeline.encode_images, _resolution(pipeline)
     assert encode is not None, "Stable Diffusion encodes pictures"
-    posterior = jax.jit(lambda encode, pixels: encode(pixels))
     weights = [folder / "vae", folder / "text_encoder"]
+    whose = {
+        "weights": fingerprint(weights, model.variant),
+        "tokenizer": _digest(folder / "tokenizer"),
+    }
+    stored = Path(data.path)
+    if data.source == "tfds":
+        stored = tfds_folder(data.path, data.tfds_dir)
+    key = {
+        **whose,
+        "source": [data.source, str(stored.resolve()), *_features(data)],
+        "files": files_digest(stored),
+        "pictures": [resolution, data.resample, data.on_bad],
+        "dtypes": [data.cache_dtype, data.cache_text_dtype],
+        "format": FORMAT,
+    }
+    if known := recall(caches, key):
+        tell_skipped(known)
+        return known
+    posterior = jax.jit(lambda encode, pixels: encode(pixels))
     path = write_latents(
-        Path(data.cache).expanduser(),
-        pictures,
+        caches,
+        _pictures(data, resolution),
         lambda pixels: posterior(encode, pixels),
         pipeline.encode,
         data.cache_batch,
-        {
-            "weights": fingerprint(weights, model.variant),
-            "tokenizer": _digest(folder / "tokenizer"),
-        },
+        whose,
         dtype=data.cache_dtype,
         text_dtype=data.cache_text_dtype,
     )
-    return _streamed(latent_source(path))
+    remember(caches, key, path)
+    return path
 
 
 def _digest(folder: Path) -> str:

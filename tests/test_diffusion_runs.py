@@ -12,6 +12,7 @@ from PIL import Image
 from tfds_set import write_set
 from tiny_runs import perturbed
 
+from ddrl_jax import sources
 from ddrl_jax.check_config import check_config
 from ddrl_jax.command_line import load_config, override
 from ddrl_jax.data import images, latent_writer, record_table
@@ -101,6 +102,7 @@ def test_ddrl_from_a_tfds_set_encodes_it_once_and_streams_it_after(
     tmp_path, monkeypatch
 ):
     calls: list[str] = []
+    counted(monkeypatch, sources, "read_tfds", calls)  # all records, for their bytes
     counted(monkeypatch, latent_writer, "_encode_span", calls)  # pictures by the VAE
     counted(monkeypatch, latent_writer, "_say_span", calls)  # captions by the encoder
     counted(monkeypatch, images, "decode_picture", calls)
@@ -111,7 +113,8 @@ def test_ddrl_from_a_tfds_set_encodes_it_once_and_streams_it_after(
     keys += ("data.caption_feature=texts", "data.on_bad=skip", "data.heldout=1")
     keys += (f"data.cache={tmp_path / 'cache'}",)
     lines = trained("aesthetic.py:ddrl-smoke", tmp_path / "first", *keys)
-    assert set(calls) == {"_encode_span", "_say_span", "decode_picture", "read"}
+    stages = {"read_tfds", "_encode_span", "_say_span", "decode_picture", "read"}
+    assert set(calls) == stages
     [cache] = (tmp_path / "cache").glob("latents-*")
     assert {file.name for file in cache.glob("*.array_record")} == {
         "latents-00000.array_record",

@@ -146,10 +146,18 @@ def _places(folder: Path, whole: dict) -> tuple[Path, Path]:
 def _check_found(final: Path, whole: dict, pictures: Pictures) -> None:
     """A cache that is there holds what is wanted, and hides no fault of the data."""
     check_card(final, whole)
-    skipped = read_card(final)["skipped"]
-    if skipped and pictures.on_bad == "error":
+    if read_card(final)["skipped"] and pictures.on_bad == "error":
         pictures.checked()  # raises
-    for kind, count in skipped.items():
+    tell_skipped(final)
+
+
+def tell_skipped(final: Path) -> None:
+    """Says what was left out of a cache when it was written.
+
+    Raises:
+      UserError: the cache is damaged.
+    """
+    for kind, count in read_card(final)["skipped"].items():
         print(f"ddrl_jax: left out of {final}: {count} {kind}", file=sys.stderr)
 
 

@@ -75,6 +75,15 @@ def read_tfds(
     return make_pictures(data, rows, found, resolution, resample, on_bad)
 
 
+def tfds_folder(data: str, data_dir: str = "") -> Path:
+    """Where the files of a prepared TFDS data set lie; arguments as `read_tfds`.
+
+    Raises:
+      UserError: no such data set.
+    """
+    return Path(_builder(data, data_dir).data_dir)
+
+
 def _builder(data: str, data_dir: str) -> Any:
     import tensorflow_datasets as tfds  # slow import, only where data is read
     from tensorflow_datasets.core import read_only_builder
