@@ -24,8 +24,8 @@ an epoch.
 
 "NAME-smoke" is any of them on the tiny shipped model. ddrl needs captioned pictures:
 --config.data.path=FOLDER, a TFDS data set (--config.data.source=tfds), or the base
-model's own, which --mode=sample writes and --config.data.source=samples reads. The KL and data weights are starting points, not
-measured.
+model's own, which --mode=sample writes and --config.data.source=samples reads.
+The KL and data weights are starting points, not measured.
 
 Where this differs from the paper and its two repositories:
 - Prompts come pass after pass without replacement; there they are drawn with it.
