@@ -108,7 +108,8 @@ def _cached(config: Any, pipeline: Pipeline) -> Path:
         "dtypes": [data.cache_dtype, data.cache_text_dtype],
         "format": FORMAT,
     }
-    if known := recall(caches, key):
+    known = recall(caches, key) if key["files"] else None
+    if known is not None:
         tell_skipped(known)
         return known
     posterior = jax.jit(lambda encode, pixels: encode(pixels))
@@ -122,7 +123,8 @@ def _cached(config: Any, pipeline: Pipeline) -> Path:
         dtype=data.cache_dtype,
         text_dtype=data.cache_text_dtype,
     )
-    remember(caches, key, path)
+    if key["files"]:
+        remember(caches, key, path)
     return path
 
 

@@ -19,7 +19,10 @@ def files_digest(folder: Path) -> str:
     """Of names, sizes and times of change of all files below a folder, links followed.
 
     Args:
-      folder: of the data; one that is not there has a digest too.
+      folder: of the data.
+
+    Returns:
+      The digest; "" where no file is seen, as in a bucket: then nothing is known.
     """
     rows, entered = [], set()
     for top, folders, files in os.walk(folder, followlinks=True):
@@ -30,7 +33,7 @@ def files_digest(folder: Path) -> str:
             if os.path.realpath(os.path.join(top, name)) not in entered
         ]
         rows += [_row(folder, os.path.join(top, name)) for name in sorted(files)]
-    return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(rows).encode()).hexdigest() if rows else ""
 
 
 def _row(folder: Path, path: str) -> list[Any]:

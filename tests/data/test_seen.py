@@ -30,6 +30,12 @@ def test_the_digest_changes_with_every_file(data):
     assert len(set(found)) == len(found)
 
 
+def test_where_no_file_is_seen_nothing_is_known(tmp_path):
+    (tmp_path / "empty").mkdir()
+    assert files_digest(tmp_path / "empty") == ""
+    assert files_digest(tmp_path / "gs:" / "bucket" / "set") == ""
+
+
 def test_links_are_followed_and_may_go_round_or_nowhere(data, tmp_path):
     (tmp_path / "far").mkdir()
     (tmp_path / "far" / "c.png").write_bytes(b"three")
