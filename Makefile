@@ -52,12 +52,15 @@ format: $(STAMP)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# One file is one worker's: tests of a file share what they compile.
+# One file is one worker's: tests of a file share what they compile. tests/conftest.py
+# orders the files.
+SPREAD := -n $(WORKERS) --dist loadfile --no-loadscope-reorder
+
 test: lint
-	$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile
+	$(BIN)/python -m pytest -q $(SPREAD)
 
 test-fast: lint
-	$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile -m "not slow"
+	$(BIN)/python -m pytest -q $(SPREAD) -m "not slow"
 
 # The rest of benchmarks/ are parts of these or, like reward_hacking, take hours:
 # `make bench BENCH=reward_hacking`.

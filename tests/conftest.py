@@ -44,18 +44,23 @@ def _connect_within_this_machine(self: socket.socket, address) -> None:
     return _connect(self, address)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def unoptimised(request):
-    """Of a module with this mark XLA's optimisations are left out, in what it starts
-    too: the programs compile in half the time. Not for tests of bits and memory."""
-    if request.node.get_closest_marker("unoptimised") is None:
-        yield
-        return
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
-        jax.config.update("jax_disable_most_optimizations", True)
-        yield
-    jax.config.update("jax_disable_most_optimizations", False)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with slow tests come first, so that at the end no worker waits for one."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Tests marked `optimised` have XLA's optimisations, the others LLVM's least.
+
+    Before the fixtures of the test, so that they compile as it does, and in the
+    environment for the programs that it starts.
+    """
+    least = item.get_closest_marker("optimised") is None
+    os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = str(int(least))
+    if least != jax.config.read("jax_disable_most_optimizations"):
+        jax.config.update("jax_disable_most_optimizations", least)
+        jax.clear_caches()
 
 
 @pytest.fixture(autouse=True)

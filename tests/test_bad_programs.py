@@ -12,8 +12,6 @@ from ddrl_jax.checkpoint import Checkpoints
 from ddrl_jax.config_file import load_config
 from ddrl_jax.workdir import open_workdir
 
-pytestmark = pytest.mark.unoptimised
-
 ROOT = Path(__file__).resolve().parents[1]
 SMOKE = f"--config={ROOT}/configs/quickstart.py:smoke"
 TRAIN = "import sys\nfrom ddrl_jax.main import run\nsys.exit(run(sys.argv))"

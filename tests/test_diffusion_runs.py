@@ -160,6 +160,7 @@ def test_a_variant_trains(kind, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.optimised
 def test_the_ratio_is_1_in_bfloat16_with_remat_and_long_attention():
     """At 384 px attention is over 2,304 places, which "auto" takes in portions."""
     keys = ("model.dtype=bfloat16", "model.remat=full", "model.image_size=384")

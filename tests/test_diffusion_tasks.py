@@ -28,8 +28,6 @@ from ddrl_jax.program import build
 from ddrl_jax.resume import start
 from ddrl_jax.train import train
 
-pytestmark = pytest.mark.unoptimised
-
 ROOT = Path(__file__).resolve().parents[1]
 SHORT = ("sampler.steps=2", "evaluate.samples=4", "mesh.data=1", "log.progress=False")
 # A LoRA that matters after two epochs. All tests have the same one: what is compiled

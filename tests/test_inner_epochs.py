@@ -100,6 +100,7 @@ def updates(devices: int):
 
 
 @pytest.mark.slow
+@pytest.mark.optimised
 def test_eight_devices_have_the_minibatches_of_one():
     (alone, after), (found, other) = updates(1), updates(8)
     assert len(alone) == len(found) == 4

@@ -124,7 +124,7 @@ if stage == "metrics":
 sys.exit(run(sys.argv))
 """
 
-pytestmark = [pytest.mark.slow, pytest.mark.unoptimised]
+pytestmark = pytest.mark.slow
 
 
 def start(workdir: Path, *more: str, moment: tuple = ("none", 0, 0.0)):

@@ -19,8 +19,6 @@ from ddrl_jax.mfu import Utilization, Work, epoch_work, rates
 from ddrl_jax.program import Program
 from ddrl_jax.train import train
 
-pytestmark = pytest.mark.unoptimised
-
 D, BATCH, CHUNKS = 16, 4, 2  # of TINY: width, microbatch, chunks an epoch
 STEPS, NOISY = 4, 3  # of its sampler: the last step adds no noise and is not trained
 STAGES = ("rollout", "update")

@@ -22,8 +22,6 @@ from process_runs import (
 
 from ddrl_jax.errors import EXIT_AGAIN
 
-pytestmark = pytest.mark.unoptimised
-
 # ---- the launcher
 
 

@@ -19,6 +19,8 @@ from ddrl_jax.diffusion.kernels import KERNELS
 from ddrl_jax.errors import UserError
 from ddrl_jax.self_test import check_ratio, ratio_deviations
 
+pytestmark = pytest.mark.optimised
+
 SIZE = 32  # pixels, as shipped: how a program rounds depends on its shapes
 SLOW = [pytest.mark.slow]
 FAST = ("flow_grpo-float32-3.0", "flow_grpo-bfloat16-3.0", "ddim-float32-3.0")

@@ -41,7 +41,7 @@ ROWS = {
 CLOCKS = ("time/", "perf/", "samples_per_second")
 LOSSES = ("data/loss", "data/heldout_loss", "policy/loss")
 
-pytestmark = [pytest.mark.slow, pytest.mark.unoptimised]
+pytestmark = pytest.mark.slow
 
 
 class Runs(NamedTuple):

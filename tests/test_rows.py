@@ -25,7 +25,7 @@ ROWS = {
     "hacking.py:control-smoke": (),
 }
 
-pytestmark = [pytest.mark.slow, pytest.mark.unoptimised]
+pytestmark = pytest.mark.slow
 
 
 def read(spec: str, *keys: str):

@@ -7,17 +7,11 @@ import pytest
 from edited_config import configured
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
-from tiny_runs import (
-    chunks_with_trajectories,
-    flat_source,
-    perturbed_state,
-    same_bits,
-    tiny_program,
-)
+from mesh_epochs import EDITS, compare, epoch
+from tiny_runs import flat_source, perturbed_state, same_bits, tiny_program
 
-from ddrl_jax.data.prompts import draw_prompts
 from ddrl_jax.errors import UserError
-from ddrl_jax.self_test import check_ratio, ratio_deviations
+from ddrl_jax.self_test import check_ratio
 from ddrl_jax.sharding import (
     RULES,
     make_mesh,
@@ -110,16 +104,8 @@ def test_replicated_is_whole_everywhere():
     assert [s.data.shape for s in placed.addressable_shards] == [(5,)] * 4
 
 
-# ---- whole programs: the same samples on one device and on eight
+# ---- whole programs: the same numbers on one device and on eight
 
-EDITS = {
-    "train.microbatch": 1,  # a device: the same shapes on one and on eight
-    "train.minibatches": 1,
-    "sampler.guidance_scale": 3.0,
-    "data_term.weight": 0.5,
-    "data_term.every_step": True,
-    "policy.kl_weight": 0.1,
-}
 MESHES = {
     "fsdp": {"mesh.fsdp": 8},
     "tensor": {"mesh.tensor": 2},
@@ -131,36 +117,9 @@ MESHES = {
 }
 
 
-def epoch(**mesh):
-    """(program, state, trajectory, images, state after, metrics) of an update."""
-    program = tiny_program(EDITS | {"mesh.data": 1} | mesh, flat_source())
-    state = perturbed_state(program)
-    before = to_host((state.params, state.opt_state))
-    c = program.config.prompts
-    prompts = draw_prompts(program.prompts, 0, 0, c.per_epoch, c.group_size)
-    chunks = tuple(chunks_with_trajectories(program, state, prompts))
-    images = [to_host(program.decode(c.trajectory.x_s[-1])) for c in chunks]
-    after, metrics = program.update(state, program.frozen, program.reference, chunks)
-    parts = [to_host(c.trajectory) for c in chunks]
-    trajectory = jax.tree.map(lambda *rows: np.concatenate(rows, axis=1), *parts)
-    return program, before, trajectory, np.concatenate(images), after, to_host(metrics)
-
-
 @pytest.fixture(scope="module")
 def alone():
     return epoch()
-
-
-@pytest.mark.slow
-def test_eight_devices_have_the_samples_of_one_to_the_bit(alone):
-    found = epoch(**{"mesh.data": 8})
-    assert len(found[0].mesh.devices.flat) == 8 and found[0].chunk == 8
-    assert alone[0].chunk == 1
-    assert same_bits(found[1], alone[1])
-    assert same_bits(found[2], alone[2])  # states, log-probs, times, steps
-    assert same_bits(found[3], alone[3])  # what the rewards are a function of
-    compare(to_host(found[4].params), to_host(alone[4].params), 1e-6)
-    compare(found[5], alone[5], 1e-6)
 
 
 @pytest.mark.slow
@@ -174,32 +133,6 @@ def test_a_mesh_changes_no_number(name, alone):
     assert max(np.abs(a).max() for a in jax.tree.leaves(moved)) > 1e-6
     compare(to_host(after.params), to_host(alone[4].params), 1e-5)
     compare(metrics, alone[5], 1e-5)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "mesh",
-    [
-        {"data": 2, "fsdp": 2, "tensor": 2},
-        {"fsdp": 4, "tensor": 2},
-        {"fsdp": 2, "tensor": 2, "context": 2},
-        {"data": 2, "context": 4},
-    ],
-    ids=str,
-)
-def test_on_policy_the_ratio_is_1_on_any_mesh(mesh):
-    edits = {"mesh.data": 1} | {f"mesh.{axis}": size for axis, size in mesh.items()}
-    program = tiny_program(EDITS | {"data_term.weight": 0.0} | edits)
-    found = ratio_deviations(program, perturbed_state(program))
-    assert {name: values.max() for name, values in found.items()} == {
-        "replay": 0.0,
-        "update": 0.0,
-    }
-
-
-def compare(found, expected, tolerance):
-    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
-        np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance)
 
 
 def test_moments_and_average_live_with_their_weights():

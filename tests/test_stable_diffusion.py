@@ -34,6 +34,7 @@ def make(**edits):
     return program, perturbed_state(program)
 
 
+@pytest.mark.optimised
 @pytest.mark.parametrize(
     "dtype, rank",
     [

@@ -21,7 +21,7 @@ from ddrl_jax.objectives.data import denoising_loss
 from ddrl_jax.objectives.policy import reinforce, reward_transform
 from ddrl_jax.rollout import make_score, replay, rollout, step_times
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.optimised]
 
 MEANS, STDS, WEIGHTS = np.array([[-1.5, 1.3], [0.45, 0.45], [0.7, 0.3]])
 BETA, STEPS, WIDTH, BATCH = 2.0, 20, 48, 256

@@ -25,6 +25,7 @@ def settings(epochs: int = 1):
 
 
 @pytest.mark.slow
+@pytest.mark.optimised
 def test_on_policy_the_ratio_is_1():
     program = build(settings())
     for name, found in ratio_deviations(program, perturbed_state(program, 0.2)).items():

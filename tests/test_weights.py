@@ -49,6 +49,7 @@ def dtypes(tree) -> set[str]:
     return {str(a.dtype) for a in jax.tree.leaves(tree)}
 
 
+@pytest.mark.optimised
 @pytest.mark.parametrize("name", MODELS)
 def test_a_base_in_the_compute_dtype_predicts_the_same_bits(name):
     edits = LORA | MODELS[name] | {"model.name": name}
