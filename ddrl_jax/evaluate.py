@@ -1,9 +1,9 @@
 """Evaluation on fixed prompts and fixed noise, with the averaged weights."""
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -29,8 +29,13 @@ from ddrl_jax.rollout import guided, initial_noise, rollout, step_times
 from ddrl_jax.sharding import place_batch, place_fetched, to_host
 from ddrl_jax.terms import draw_times
 
+_Part = TypeVar("_Part")
 NOISE_STREAM = 2_000_003  # folded into the seed: evaluation noise is never trained on
 DATA_STREAM = 2_000_029  # augmentation and noise of the held-out data loss
+
+
+class Stopped(Exception):
+    """An evaluation that was asked to end has ended, and found nothing."""
 
 
 class Evaluation:
@@ -39,10 +44,17 @@ class Evaluation:
     Args:
       program: the run.
       judges: the rewards of weights and heldout.
+      stop: asked before each chunk whether to end, then with `Stopped`; all processes
+        have to get the same answer.
     """
 
-    def __init__(self, program: Program, judges: dict[str, Reward]):
-        config = program.config
+    def __init__(
+        self,
+        program: Program,
+        judges: dict[str, Reward],
+        stop: Callable[[], bool] = lambda: False,
+    ):
+        config, self._stop = program.config, stop
         self.program, self.count = program, config.evaluate.samples
         self.index = np.arange(self.count, dtype=np.int32) % len(program.prompts)
         self.text = tuple(program.prompts[i] for i in self.index)
@@ -80,7 +92,10 @@ class Evaluation:
         if self.program.config.evaluate.solver == "rollout":
             params, frozen = self.program.sampling(params, frozen)
         parts = chunks_of(self.program, root, self.index)
-        chunks = [self._sample(params, frozen, *part) for part in parts]
+        chunks = []
+        for part in self._unless_stopped(parts):
+            # Waited for, or the answer would be that of the beginning.
+            chunks.append(jax.block_until_ready(self._sample(params, frozen, *part)))
         images, finite = map(np.concatenate, zip(*to_host(chunks), strict=True))
         return images[: self.count], finite[: self.count]
 
@@ -114,6 +129,12 @@ class Evaluation:
             values |= {f"diversity/{k}": float(v) for k, v in found.items()}
         return values
 
+    def _unless_stopped(self, parts: Iterator[_Part]) -> Iterator[_Part]:
+        for part in parts:
+            if self._stop():
+                raise Stopped
+            yield part
+
     def data_loss(self, params: Any) -> float:
         """Diffusion loss on pictures, times and noise that training never draws."""
         program, loss = self.program, self._loss
@@ -127,6 +148,7 @@ class Evaluation:
         size, losses = program.chunk, []
         rows = captions if program.captions is None or table else np.zeros_like(records)
         parts = chunks_of(program, root, rows, table)
+        parts = self._unless_stopped(parts)
         for part, numbers in zip(parts, _padded(records, size), strict=True):
             mesh = program.mesh
             data = (

@@ -13,7 +13,7 @@ from ddrl_jax.collect import Collected, collect
 from ddrl_jax.config_rules import shared_settings
 from ddrl_jax.distributed import check_agreement, is_main
 from ddrl_jax.draws import each_chunk, sample_order
-from ddrl_jax.evaluate import Evaluation
+from ddrl_jax.evaluate import Evaluation, Stopped
 from ddrl_jax.interfaces import Reward
 from ddrl_jax.learner import Minibatch, TrainState
 from ddrl_jax.metrics import ONLY_AT_END, Metrics, ProgressBar, Timer
@@ -85,7 +85,7 @@ def run(
         continue_from(home, begin.written)
     if config.policy.weight and config.policy.term not in WEIGHTED:
         check_ratio(program, state)
-    evaluation, timer = Evaluation(program, rewards), Timer()
+    evaluation, timer = Evaluation(program, rewards, stop.agree), Timer()
     utilization = Utilization(program)
     with (
         make_pool(program, rewards) as pool,
@@ -94,11 +94,10 @@ def run(
         Profile(home.root / "profile", profile) as trace,
     ):
         if epoch == 0:
-            metrics.write(0, evaluation.run(state, metrics, 0))
-        if line is not None and not stop.agree():  # left by a notice
-            line |= evaluate(evaluation, config, state, metrics, epoch)
-            metrics.write(epoch, line)
-            line = None
+            finish(evaluation, state, metrics, 0, {}, due=True)
+        if line is not None:  # left by a notice
+            due = is_due(config, epoch)
+            line = finish(evaluation, state, metrics, epoch, line, due)
         timer.epoch()  # what came before belongs to no epoch
         while epoch < config.train.epochs and not stop.agree():
             trace.begin(epoch + 1)
@@ -119,15 +118,14 @@ def run(
             values |= utilization(batch.chunks, values)
             del batch  # its trajectories, before the next ones are collected
             # 4. Evaluate; after a notice the restart does: the time left may be short.
-            if is_due(config, epoch) and stop.agree():
-                line = values
-                break
-            last = epoch == config.train.epochs
             with timer.aside():
-                values |= evaluate(evaluation, config, state, metrics, epoch)
-            metrics.write(epoch, values)
+                due = is_due(config, epoch)
+                line = finish(evaluation, state, metrics, epoch, values, due)
+            if line is not None:
+                break
             bar.update(epoch, values)
             # 5. Save.
+            last = epoch == config.train.epochs
             with timer.aside():
                 save(checkpoints, epoch, state, tracker, program, force=last)
     save(checkpoints, epoch, state, tracker, program, force=True, line=line)
@@ -204,21 +202,40 @@ def update_epoch(
     return state, _summary(history)
 
 
-def evaluate(
-    evaluation: Evaluation, config: Any, state: TrainState, metrics: Metrics, epoch: int
-) -> dict[str, Any]:
-    """Evaluates where it is due; what only the end of the run asks for is marked."""
-    if not is_due(config, epoch):
-        return {}
-    found, every = evaluation.run(state, metrics, epoch), config.evaluate.every
-    usual = every and epoch % every == 0
-    return found | ({} if usual else {ONLY_AT_END: tuple(found)})
+def finish(
+    evaluation: Evaluation,
+    state: TrainState,
+    metrics: Metrics,
+    epoch: int,
+    values: dict[str, Any],
+    due: bool,
+) -> dict[str, Any] | None:
+    """Evaluates an epoch where it is due, and writes its metrics.
+
+    Returns:
+      None; the metrics, not written, where the evaluation was asked to stop.
+    """
+    try:
+        found: dict[str, Any] = {}
+        found |= evaluation.run(state, metrics, epoch) if due else {}
+    except Stopped:
+        return values
+    config = evaluation.program.config
+    if found and not is_usual(config, epoch):  # only the end of the run asks for it
+        found[ONLY_AT_END] = tuple(found)
+    metrics.write(epoch, values | found)
+    return None
+
+
+def is_usual(config: Any, epoch: int) -> bool:
+    """Whether an epoch is one of every config.evaluate.every, or the beginning."""
+    every = config.evaluate.every
+    return epoch == 0 or bool(every and epoch % every == 0)
 
 
 def is_due(config: Any, epoch: int) -> bool:
-    """Whether an epoch is evaluated: every config.evaluate.every, and the last one."""
-    every, last = config.evaluate.every, epoch == config.train.epochs
-    return last or bool(every and epoch % every == 0)
+    """Whether an epoch is evaluated: the usual ones, and the last of the run."""
+    return epoch == config.train.epochs or is_usual(config, epoch)
 
 
 def make_pool(program: Program, rewards: dict[str, Reward]) -> RewardPool:

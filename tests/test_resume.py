@@ -172,29 +172,44 @@ def told_to_end(patch: pytest.MonkeyPatch, name: str, epoch: int) -> None:
     patch.setattr(loop, name, interrupted)
 
 
+def told_to_end_in_the_evaluation(patch: pytest.MonkeyPatch) -> None:
+    """SIGTERM in the first one, between its pictures and its data loss."""
+    judged = loop.Evaluation.judged
+
+    def interrupted(*arguments):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return judged(*arguments)
+
+    patch.setattr(loop.Evaluation, "judged", interrupted)
+
+
 @pytest.mark.parametrize(
-    ("epoch", "stage"),
-    [(K, "update_epoch"), (K, "collect"), (2 * K - 1, "collect")],
+    ("epoch", "first", "second"),
+    [
+        (K, "update_epoch", "update_epoch"),
+        (K, "evaluation", "collect"),
+        (2 * K - 1, "update_epoch", "collect"),
+    ],
 )
-def test_told_to_end_in_an_update_it_saves_and_the_restart_evaluates(
-    epoch, stage, runs, tmp_path
+def test_told_to_end_after_the_rollout_it_saves_and_the_restart_evaluates(
+    epoch, first, second, runs, tmp_path
 ):
     """The epoch is due for its evaluation; the second start is told to end as well."""
     workdir, wanted = shutil.copytree(runs.half, tmp_path / "run"), metrics(runs.whole)
-    asked = []
+    pictures = workdir / "samples" / f"evaluation_{epoch + 1:06d}.png"
     with pytest.MonkeyPatch.context() as patch:
-        told_to_end(patch, "update_epoch", epoch)
-        evaluation = loop.Evaluation.run
-        patch.setattr(
-            loop.Evaluation, "run", lambda *a: asked.append(a[-1]) or evaluation(*a)
-        )
+        if first == "evaluation":
+            told_to_end_in_the_evaluation(patch)
+        else:
+            told_to_end(patch, first, epoch)
         runs.run(runs.flags, workdir, 2 * K)
     assert (workdir / "checkpoints" / str(epoch + 1)).is_dir()
-    assert epoch + 1 not in asked
+    assert not pictures.exists()  # those of the evaluation
     assert metrics(workdir) == wanted[: epoch + 1]
     with pytest.MonkeyPatch.context() as patch:
-        told_to_end(patch, stage, epoch + 1)
+        told_to_end(patch, second, epoch + 1)
         runs.run(runs.flags, workdir, 2 * K)
+    assert pictures.exists()
     runs.run(runs.flags, workdir, 2 * K)
     check_same(workdir, runs.whole)
 
