@@ -11,7 +11,7 @@ import ddrl_jax.train as loop
 from ddrl_jax.command_line import parse
 
 ROOT = Path(__file__).resolve().parents[1]
-EPOCHS, CHUNKS = 3, 2  # sixteen samples an epoch in microbatches of eight
+EPOCHS, CHUNKS, SAMPLES = 3, 2, 16  # an epoch; in microbatches of eight
 COMPILED = "/jax/core/compile/backend_compile_duration"  # a cache hit counts as well
 FLAGS = (
     f"--config={ROOT}/configs/ddrl_paper.py:smoke",
@@ -33,6 +33,7 @@ class Seen(NamedTuple):
     compiled: list[tuple[int, str]]  # (epochs written by then, what)
     fetches: list[int]  # of each picture batch given to the judges
     got: dict[str, list[int]]  # stage -> jax.device_get calls in each of its runs
+    largest: int  # bytes of a call in "collect"
 
 
 class Pictures:
@@ -46,6 +47,10 @@ class Pictures:
         return np.asarray(self.images)
 
 
+def size(tree: Any) -> int:
+    return sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
+
+
 @pytest.fixture(scope="module")
 def seen(tmp_path_factory) -> Seen:
     """A run of three epochs with policy, data term, KL and an evaluation every epoch.
@@ -56,6 +61,7 @@ def seen(tmp_path_factory) -> Seen:
     compiled: list[tuple[int, str]] = []
     written, pictures, calls = [], [], []
     got: dict[str, list[int]] = {"collect": [], "update_epoch": []}
+    sizes: list[int] = []
 
     def listen(event: str, seconds: float, **others: Any) -> None:
         if event == COMPILED:
@@ -68,6 +74,7 @@ def seen(tmp_path_factory) -> Seen:
             before = len(calls)
             result = function(*arguments)
             got[name].append(len(calls) - before)
+            sizes.extend(calls[before:] if name == "collect" else ())
             return result
 
         return wrapped
@@ -87,12 +94,14 @@ def seen(tmp_path_factory) -> Seen:
             patch.setattr(loop, name, counting(name))
         patch.setattr(loop.RewardPool, "submit", submit)
         patch.setattr(loop.Metrics, "write", write)
-        patch.setattr(jax, "device_get", lambda tree: calls.append(0) or get(tree))
+        patch.setattr(
+            jax, "device_get", lambda tree: calls.append(size(tree)) or get(tree)
+        )
         patch.setattr(loop, "write_report", lambda home: home.root)
         loop.train(parse(["main", *FLAGS, f"--workdir={workdir}"]).config, str(workdir))
     jax.monitoring.unregister_event_duration_listener(listen)
     assert written == list(range(EPOCHS + 1))
-    return Seen(compiled, [p.fetched for p in pictures], got)
+    return Seen(compiled, [p.fetched for p in pictures], got, max(sizes))
 
 
 def test_nothing_compiles_after_the_first_epoch(seen):
@@ -110,10 +119,11 @@ def test_pictures_come_to_the_host_once_a_chunk_and_scalars_once_an_epoch(seen):
     """Counted at the two places where the loop fetches anything.
 
     Pictures: two rewards judge each chunk in two parts on two threads, and the array
-    that they share is converted once. Sampling and judging call jax.device_get nowhere,
-    so log-probabilities and trajectories stay on the device; an epoch's updates call it
-    once, for all their metrics.
+    that they share is converted once. Sampling and judging call jax.device_get once,
+    for a byte a sample: is it finite? So log-probabilities and trajectories stay on the
+    device. An epoch's updates call it once, for all their metrics.
     """
     evaluations = EPOCHS + 1  # judged through the same pool, from the host's copy
     assert seen.fetches == [1] * (EPOCHS * CHUNKS + evaluations)
-    assert seen.got == {"collect": [0] * EPOCHS, "update_epoch": [1] * EPOCHS}
+    assert seen.got == {"collect": [1] * EPOCHS, "update_epoch": [1] * EPOCHS}
+    assert seen.largest == SAMPLES
