@@ -5,9 +5,9 @@
 The rollout and the update of four small runs are planned as --mode=plan does, on one
 device, and then called with real arrays of the same shapes, each run in a process of
 its own. Peak: the compiler's temporaries and results beside the growth of the resident
-set (VmHWM of /proc/self/status, reset before the call; Linux only). Time: the roofline's bound for a
-chip with the matrix product and the copy measured on this machine as its peaks, beside
-the fastest of three calls. Writes benchmarks/results/plan_check.md.
+set (VmHWM of /proc/self/status, reset before the call; Linux only). Time: the bound of
+a roofline for a chip whose peaks are the matrix product and the copy measured on this
+machine, beside the fastest of three calls. Writes benchmarks/results/plan_check.md.
 """
 
 import argparse
