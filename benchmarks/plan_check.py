@@ -18,6 +18,7 @@ import platform
 import re
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -27,8 +28,10 @@ import jax
 import jax.numpy as jnp
 
 from benchmarks.collectives import small
-from configs import latent_emoji, quickstart
+from benchmarks.sd_memory import write_model
+from configs import aesthetic, quickstart
 from ddrl_jax.chips import CHIPS, Chip
+from ddrl_jax.models.sd_published import FILES
 from ddrl_jax.plan.links import lay
 from ddrl_jax.plan.lowered import Abstract, Compiled, compile_phase, describe
 from ddrl_jax.plan.memory import own
@@ -44,21 +47,44 @@ MB, GIGA = 1e6, 1e9
 RETURNED = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}
 
 
-def video() -> Any:
-    """The video network of the collectives' table, on one device."""
+# The layout of Stable Diffusion 1.5 with a fifth of its widths, on latents of 16 x 16.
+NARROW: dict[str, dict[str, Any]] = {
+    "block_out_channels": (64, 128, 256, 256),
+    "sample_size": 16,
+}
+UNET = {**FILES, "unet/config": FILES["unet/config"] | NARROW}
+
+
+def transformer(folder: Path) -> Any:
+    """The main job as it is; nothing is read from a folder."""
+    return quickstart.get_config()
+
+
+def unet(folder: Path) -> Any:
+    """DDPO on a narrow Stable Diffusion, written to a folder without weights."""
+    config: Any = aesthetic.get_config("paper")
+    config.model.init = str(write_model(folder, UNET))
+    config.prompts.update(per_epoch=4, group_size=1)
+    config.train.update(minibatches=1, microbatch=2)
+    config.sampler.steps = 4
+    return config
+
+
+def video(folder: Path) -> Any:
+    """The video network of the collectives' table."""
     return small("data")
 
 
-def bfloat16() -> Any:
+def bfloat16(folder: Path) -> Any:
     """The same with products in bfloat16."""
     config = small("data")
     config.model.dtype = "bfloat16"
     return config
 
 
-RUNS: dict[str, Callable[[], Any]] = {
-    "quickstart (transformer, float32)": quickstart.get_config,
-    "latent_emoji (UNet, float32)": latent_emoji.get_config,
+RUNS: dict[str, Callable[[Path], Any]] = {
+    "quickstart (transformer, float32)": transformer,
+    "narrow Stable Diffusion (UNet, float32)": unet,
     "video, 16 blocks (float32)": video,
     "video, 16 blocks (bfloat16)": bfloat16,
 }
@@ -126,9 +152,10 @@ def _resident(name: str) -> int:
 
 def check(name: str) -> list[dict[str, Any]]:
     """Plans one run and measures it: a row for each phase."""
-    config = RUNS[name]()
-    config.mesh.update(ONE)
-    chip, plan = this_machine(), describe(config)
+    with tempfile.TemporaryDirectory() as folder:
+        config = RUNS[name](Path(folder))
+        config.mesh.update(ONE)
+        chip, plan = this_machine(), describe(config)
     return [_row(plan, compile_phase(phase, plan.mesh), chip) for phase in plan.phases]
 
 

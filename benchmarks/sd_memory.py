@@ -26,7 +26,7 @@ import re
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -134,9 +134,9 @@ def widened(program: str, plan: str) -> int:
     return sum(int(size) for name, size in alive if name in copies)
 
 
-def write_model(folder: Path) -> Path:
+def write_model(folder: Path, files: Mapping[str, dict[str, Any]] = FILES) -> Path:
     """Stable Diffusion 1.5 in the layout of diffusers, without its weights."""
-    for name, content in FILES.items():
+    for name, content in files.items():
         path = folder / f"{name}.json"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(content), encoding="utf-8")

@@ -27,6 +27,7 @@ from ddrl_jax.plan.lowered import (
 from ddrl_jax.plan.memory import fits, resident
 from ddrl_jax.plan.roofline import bounds, sent
 from ddrl_jax.plan.search import Shown, meshes, suggest
+from ddrl_jax.plan.target import HERE, Target
 from ddrl_jax.program import build
 from ddrl_jax.sharding import make_mesh
 
@@ -229,29 +230,43 @@ def test_the_suggestion_is_compiled_and_small(planned):
     assert suggest(shown, 8, with_memory(shown.peak / 1000)) is None
 
 
-def test_little_memory_means_more_devices_and_full_remat(monkeypatch, planned):
-    """One device does not hold it; two do, but not what another policy would keep."""
+@pytest.mark.parametrize(
+    ("target", "policies"),
+    [
+        (HERE, ["full", "named"]),
+        (Target("tpu", CHIPS["v5p"]), ["full", "named", "offload"]),
+    ],
+)
+def test_little_memory_means_more_devices_and_full_remat(
+    monkeypatch, planned, target, policies
+):
+    """One device does not hold it; two do, but not what another policy would keep.
+
+    A compiler that knows the host's memory can show that this is kept there."""
     run, compiled = planned
-    compilations = []
+    compilations, made_for, real = [], [], search.described
 
     def compile_less(phase, mesh):
         compilations.append(phase.name)
-        remat = made_for[-1]
-        size = {"full": 0, "named": alone}[remat] if phase.name == "update" else 0
-        return made(phase.name)._replace(phase=phase, temporaries=int(size))
+        kept = alone if phase.name == "update" and made_for[-1] == "named" else 0
+        return made(phase.name)._replace(phase=phase, temporaries=int(kept))
 
-    made_for, real = [], search.described
+    def describe_here(config, mesh, remat, target):
+        made_for.append(remat)
+        return real(config, mesh, remat, HERE)._replace(target=target)
+
     monkeypatch.setattr(search, "compile_phase", compile_less)
-    monkeypatch.setattr(
-        search, "described", lambda *a: (made_for.append(a[2]), real(*a))[1]
-    )
+    monkeypatch.setattr(search, "described", describe_here)
     alone = sum(resident(describe(tiny())).values())
     bare = [found._replace(temporaries=0) for found in compiled]
-    shown = Shown(run, bare)
-    found = suggest(shown, 8, with_memory(alone))
+    found = suggest(Shown(run._replace(target=target), bare), 8, with_memory(alone))
     assert found is not None and math.prod(found.mesh.values()) == 2
-    assert found.remat == "full" and made_for == ["full", "named"]
-    assert compilations == ["rollout", "update", "update"]
+    # The last that was tried is chosen, but for one that keeps too much.
+    assert (
+        made_for == policies and found.remat == {2: "full", 3: "offload"}[len(policies)]
+    )
+    assert compilations == ["update", "rollout", *["update"] * (len(policies) - 1)]
+    assert found.compilations == len(compilations)
 
 
 # ---- the mode

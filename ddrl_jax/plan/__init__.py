@@ -51,7 +51,8 @@ def plan_mode(config: Any, flags: Mapping[str, str | None]) -> None:
     print(sheet(plan, compiled, links, settings.efficiency), flush=True)
     if settings.suggest:
         found = suggest(Shown(plan, compiled), settings.devices, settings.chip)
-        print(suggestion_line(found, settings.chip), flush=True)
+        line = suggestion_line(found, settings.chip, settings.target)
+        print(line, flush=True)
 
 
 def read(flags: Mapping[str, str | None]) -> Settings:

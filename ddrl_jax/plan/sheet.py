@@ -12,6 +12,7 @@ from ddrl_jax.plan.lowered import Abstract, Compiled
 from ddrl_jax.plan.memory import MARGIN, fits, own, peak, resident, uncounted
 from ddrl_jax.plan.roofline import Bounds, bounds, sent
 from ddrl_jax.plan.search import LEAST, Suggestion
+from ddrl_jax.plan.target import Target
 
 GIB = 2.0**30
 HOUR = 3600.0
@@ -187,14 +188,14 @@ def _assumed(links: Links) -> Iterator[str]:
         )
 
 
-def suggestion_line(found: Suggestion | None, chip: Chip) -> str:
+def suggestion_line(found: Suggestion | None, chip: Chip, target: Target) -> str:
     """What the search found, as a line with the overrides that bring it."""
     if found is None:
         return "suggestion: no mesh of these devices was shown to fit"
     sizes = " ".join(f"--config.mesh.{axis}={n}" for axis, n in found.mesh.items())
     offload = (
         "; remat=offload keeps as little on the device, which a CPU can not show"
-        if found.remat == LEAST
+        if found.remat == LEAST and target.chip is None
         else ""
     )
     return (
