@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from importlib.util import find_spec
 
 import pytest
 from launch_machine import CONFIG, LAUNCH, PROGRAM, WORKDIR, Machine
@@ -179,8 +180,16 @@ def test_an_unknown_platform_is_an_error(machine):
     assert "npu is not gpu, tpu or cpu" in result.stderr
 
 
-def _jax_accepts(**environment: str) -> bool:
-    code = "import jax; jax.numpy.zeros(1).block_until_ready()"
+START = "import jax; jax.numpy.zeros(1).block_until_ready()"
+# Reads the flags as on a TPU, and needs none: it only asks for the shape of a slice.
+START_TPU = """
+from ddrl_jax.chips import CHIPS
+from ddrl_jax.plan.target import Target
+Target("tpu", CHIPS["v5e"]).devices({"data": 4, "fsdp": 1, "tensor": 1, "context": 1})
+"""
+
+
+def _jax_accepts(code: str = START, **environment: str) -> bool:
     result = subprocess.run(
         [sys.executable, "-c", code],
         env={**os.environ, "JAX_PLATFORMS": "cpu", **environment},
@@ -198,3 +207,11 @@ def test_the_installed_jaxlib_knows_the_gpu_flags(machine):
     assert _jax_accepts(**{name: found[name] for name in names})
     assert not _jax_accepts(XLA_FLAGS=found["XLA_FLAGS"] + " --xla_gpu_no_such=true")
     assert not _jax_accepts(JAX_OPTIMIZATION_LEVEL="O9")
+
+
+@pytest.mark.skipif(not find_spec("libtpu"), reason="needs libtpu: the extra `tpu`")
+def test_the_installed_libtpu_knows_the_tpu_flags(machine):
+    flags = _environment(machine, "tpu", *PROGRAM)["LIBTPU_INIT_ARGS"]
+    assert _jax_accepts(START_TPU, LIBTPU_INIT_ARGS=flags)
+    unknown = flags + " --xla_tpu_no_such_flag=true"
+    assert not _jax_accepts(START_TPU, LIBTPU_INIT_ARGS=unknown)
