@@ -18,7 +18,7 @@ from process_runs import FLAGS, GLOO, ROOT, epochs_saved, free_port, metrics
 
 from ddrl_jax.metrics import ONLY_AT_END
 
-pytestmark = [pytest.mark.slow, pytest.mark.unoptimised]
+pytestmark = pytest.mark.slow
 
 EPOCHS = 2
 MESHES = {
