@@ -45,9 +45,10 @@ def group_normalized(
 
     Args:
       rewards: any unit; values under mask False may be NaN.
-      group_ids: 0..num_groups-1, need not be sorted.
+      group_ids: 0..num_groups-1, need not be sorted; without `num_groups` any numbers.
       mask: True where the reward is valid; None means all.
-      num_groups: static bound of the ids; None means b.
+      num_groups: static bound of the ids, saves sorting them; None: they are numbered
+        here, so that prompt numbers or hashes serve as well.
       std: "group", "global" (all valid rewards of the batch, Flow-GRPO's default) or
         "none" (centre only, Dr.GRPO; epsilon unused).
       epsilon: added to the std, in units of the reward; bounds the advantage of
@@ -68,8 +69,7 @@ def group_normalized(
             way_out="set advantages.std",
         )
     valid = jnp.ones(rewards.shape, bool) if mask is None else jnp.asarray(mask)
-    ids = jnp.asarray(group_ids)
-    groups = num_groups or rewards.shape[0]
+    ids, groups = dense_ids(jnp.asarray(group_ids), num_groups)
     centered, deviation, flat = _centered(rewards, ids, valid, groups)
     if std == "global":
         everyone = jnp.zeros_like(ids)
@@ -77,6 +77,29 @@ def group_normalized(
     scale = 1.0 if std == "none" else deviation + epsilon
     scale = jnp.where(flat, 1.0, scale)  # keeps 0 / 0 out when epsilon is 0
     return clip_advantages(jnp.where(flat, 0.0, centered / scale), clip)
+
+
+def dense_ids(
+    group_ids: Int[Array, "*s"], num_groups: int | None = None
+) -> tuple[Int[Array, "*s"], int]:
+    """Ids in 0..g-1 and g, the static number of groups they may name.
+
+    A sum over segments drops ids beyond its bound without a word, so ids of no known
+    bound are replaced by their rank among the different ones; jit knows no smaller
+    bound of these than the number of samples.
+
+    Args:
+      group_ids: any numbers; with `num_groups` already 0..num_groups-1.
+      num_groups: static bound of the ids, or None.
+
+    Returns:
+      The ids to use and their bound.
+    """
+    if num_groups is not None:
+        return group_ids, num_groups
+    size = group_ids.size
+    _, ranks = jnp.unique(group_ids.ravel(), return_inverse=True, size=size)
+    return ranks.reshape(group_ids.shape), size
 
 
 def batch_normalized(

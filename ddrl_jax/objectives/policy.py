@@ -11,6 +11,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from ddrl_jax.errors import UserError
 from ddrl_jax.interfaces import Metrics
+from ddrl_jax.objectives.advantages import dense_ids
 
 # exp(80) = 6e34 can still be summed over a group in float32; advantages that far below
 # 0 mean a beta that is too small, and every clip range is met long before.
@@ -37,9 +38,10 @@ def reward_transform(
     Args:
       advantages: dimensionless, already divided by DDRL's temperature beta.
       kind: one of `TRANSFORMS`.
-      group_ids: 0..num_groups-1, for "neg_exp_centered"; None is one single group.
+      group_ids: 0..num_groups-1, without `num_groups` any numbers, for
+        "neg_exp_centered"; None is one single group.
       mask: False where the reward is missing; such a sample gets 0 whatever `kind`.
-      num_groups: static bound of the ids; None means the number of samples.
+      num_groups: static bound of the ids, or None.
 
     Returns:
       What the policy term uses as advantages, float32.
@@ -62,8 +64,9 @@ def reward_transform(
     transformed = jnp.where(valid, -jnp.exp(exponent), 0.0)
     if kind == "neg_exp":
         return transformed
-    ids = jnp.zeros(valid.shape, jnp.int32) if group_ids is None else group_ids
-    groups = num_groups or valid.size
+    if group_ids is None:
+        group_ids, num_groups = jnp.zeros(valid.shape, jnp.int32), 1
+    ids, groups = dense_ids(group_ids, num_groups)
 
     def group_sum(values: Array) -> Array:
         return jax.ops.segment_sum(values.ravel(), ids.ravel(), groups)[ids]

@@ -77,6 +77,18 @@ def test_advantages_of_a_group_sum_to_zero_with_unit_population_std():
         np.testing.assert_allclose(advantages[ids == group].std(), 1.0, rtol=1e-5)
 
 
+@pytest.mark.parametrize("names", [[10, 20, 7], [0, 7, 6], [-3, 4, 2**31 - 1]])
+def test_group_ids_may_be_any_numbers(names):
+    """Prompt numbers as they are; a sum over segments would lose those beyond b."""
+    rewards = np.array([1.0, 10.0, 2.0, 10.0, 3.0, 40.0], np.float32)
+    ids = np.array([0, 1, 0, 1, 2, 1], np.int32)
+    named = np.array(names, np.int32)[ids]
+    expected = group_loop(rewards, ids, np.ones(6, bool), "group", 1e-4)
+    np.testing.assert_allclose(group_normalized(rewards, named), expected, atol=2e-6)
+    compiled = jax.jit(group_normalized)(rewards, named)
+    np.testing.assert_allclose(compiled, expected, atol=2e-6)
+
+
 @pytest.mark.parametrize("value", [0.0, 0.1, 1 / 3, -7.77, 1e7 + 3, 3e-38])
 @pytest.mark.parametrize("size", [3, 7])
 @pytest.mark.parametrize("epsilon", [0.0, 1e-8])

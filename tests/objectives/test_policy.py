@@ -233,9 +233,10 @@ def test_reward_transforms_by_hand():
     )
 
 
-def test_centred_transform_sums_to_zero_over_valid_members_of_shuffled_groups():
+@pytest.mark.parametrize("names", [range(5), (40, 7, 31, 30, 99)])
+def test_centred_transform_sums_to_zero_over_valid_members_of_shuffled_groups(names):
     rng = np.random.default_rng(21)
-    ids = rng.permutation(np.repeat(np.arange(5), 6)).reshape(3, 10)
+    ids = rng.permutation(np.repeat(names, 6)).reshape(3, 10)
     mask, advantages = rng.random((3, 10)) < 0.7, rng.normal(size=(3, 10))
     centred = reward_transform(
         jnp.asarray(advantages, jnp.float32),
@@ -243,7 +244,7 @@ def test_centred_transform_sums_to_zero_over_valid_members_of_shuffled_groups():
         jnp.asarray(ids),
         jnp.asarray(mask),
     )
-    for group in range(5):
+    for group in names:
         members = (ids == group) & mask
         values = -np.exp(-advantages[members])
         expected = values - values.mean() if values.size else values
