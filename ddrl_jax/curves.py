@@ -29,7 +29,7 @@ _CURVES = (
     _Curve("Policy", r"policy/(approx_kl|clip_fraction)"),
     _Curve("Gradient norm", r"grad_norm", log=True),
     _Curve("Samples per second", r"samples_per_second"),
-    _Curve("Share of the peak FLOP/s (MFU)", r"perf/mfu_.+"),
+    _Curve("Share of the peak FLOP/s (MFU)", r"mfu|perf/mfu_.+"),
     _Curve("TFLOP/s of a device", r"perf/tflops"),
 )
 _SHARES = r"time/(rollout|reward|update|rest|evaluate|checkpoint)"

@@ -208,6 +208,12 @@ class Pipeline(NamedTuple):
     encode_images: Callable[[Any], tuple[Array, Array]] | None = None
     precise: str = ".*"
 
+    @property
+    def params(self) -> Params | None:
+        """The starting checkpoint, read at each access: keep it where it is needed
+        twice. It is no field, as a run reads its shards without the whole."""
+        return self.load()
+
 
 class Rollout(NamedTuple):
     """What one chunk of rollouts gives: pictures, kept transitions and latents."""

@@ -1,6 +1,7 @@
 """How much of the chips' peak a run uses: FLOPs of its own jitted functions over time.
 
     mfu_stage = model FLOPs of the stage / (seconds of the stage, devices, peak)
+    mfu = the same of rollout and update together
 
 Model FLOPs are those of matrix products and convolutions, without what jax.checkpoint
 computes a second time (PaLM, 2204.02311, appendix B); the peak is that of bfloat16
@@ -58,9 +59,9 @@ def _chunk_rollout(program: Program, chunk: Minibatch) -> Count:
 
 
 class Utilization:
-    """The metrics perf/* of each epoch; counts once, at the first one.
+    """The metrics mfu and perf/* of each epoch; counts once, at the first one.
 
-    perf/mfu_rollout and perf/mfu_update are written where the peak is known, from
+    mfu, perf/mfu_rollout and perf/mfu_update are written where the peak is known, from
     config.log.peak_flops or from the chip; perf/tflops, per device, always.
 
     Args:
@@ -76,7 +77,7 @@ class Utilization:
     def __call__(
         self, chunks: list[Minibatch], times: dict[str, float]
     ) -> dict[str, float]:
-        """Returns perf/* of an epoch.
+        """Returns mfu and perf/* of an epoch.
 
         Args:
           chunks: of the epoch; only their shapes are used.
@@ -90,7 +91,7 @@ class Utilization:
 def rates(
     work: Work, times: dict[str, float], devices: int, peak: float
 ) -> dict[str, float]:
-    """Returns perf/tflops, and perf/mfu_STAGE where `peak` is not 0.
+    """Returns perf/tflops, and mfu and perf/mfu_STAGE where `peak` is not 0.
 
     A stage whose count is not known, for a while loop of unknown length, has none.
 
@@ -111,4 +112,7 @@ def rates(
         flops, seconds = flops + own, seconds + spent
         if peak:
             found[f"perf/mfu_{stage}"] = own / spent / peak
-    return found | ({"perf/tflops": flops / seconds / 1e12} if seconds else {})
+    if not seconds:
+        return found
+    whole = {"mfu": flops / seconds / peak} if peak else {}
+    return whole | found | {"perf/tflops": flops / seconds / 1e12}

@@ -174,6 +174,7 @@ def test_the_pipeline_of_a_config(folder):
         SimpleNamespace(model=SimpleNamespace(**model), lora=lora)
     )
     assert ours.latent_shape == (8, 8, 4)
+    assert jax.tree.all(jax.tree.map(np.array_equal, ours.params, ours.load()))
     trees = jax.eval_shape(ours.init, jax.random.key(0))
     assert {leaf.shape[-1] for leaf in jax.tree.leaves(trees["lora"])} >= {2}
     out = jax.eval_shape(
