@@ -32,6 +32,7 @@ from ddrl_jax.rewards.chat import (
     request_body,
 )
 from ddrl_jax.rewards.endpoint import Endpoint, api_key, chat_url, checked_endpoint
+from ddrl_jax.rewards.timed_http import asked_wait
 
 BLANK = 224  # pixels a side of the picture of the start-up check
 LONGEST_WAIT = 30.0  # seconds between two tries, unless the server asks for more
@@ -242,9 +243,8 @@ class VlmClient:
         if e.code in REFUSED:
             return self._refused(detail)
         again = e.code == 429 or e.code >= 500
-        wait = e.headers.get("Retry-After", "")
-        seconds = float(wait) if wait.strip().isdigit() else 0.0
-        return Failure(f"status_{e.code}", detail, again, seconds)
+        wait = asked_wait(e.headers.get("Retry-After", ""))
+        return Failure(f"status_{e.code}", detail, again, wait)
 
     def _without_key(self, text: str) -> str:
         return text.replace(self._key, "***") if self._key else text

@@ -264,12 +264,19 @@ def test_a_batch_ends_with_its_budget():
     assert asker.counters()["failures/budget"] >= 26
 
 
-def test_a_wait_beyond_the_budget_is_not_begun():
+@pytest.mark.parametrize("asked", ["60", "9" * 400, "Fri, 31 Dec 9999 23:59:59 GMT"])
+def test_a_wait_beyond_the_budget_is_not_begun(asked):
     start = time.monotonic()
-    reply = (503, "", [("Retry-After", "60")])
+    reply = (503, "", [("Retry-After", asked)])
     counters, _ = failing(lambda b, n: reply, budget=2.0)
     assert counters["failures/status_503"] == 1 and counters["retries"] == 0
     assert time.monotonic() - start < 2
+
+
+@pytest.mark.parametrize("asked", ["\u00b2", "-5", "soon"])
+def test_a_wait_that_is_none_is_the_clients_own(asked):
+    counters, _ = failing(lambda b, n: (429, "", [("Retry-After", asked)]))
+    assert counters["failures/status_429"] == 1 and counters["retries"] == 2
 
 
 @pytest.mark.parametrize("status", [401, 403])
