@@ -30,6 +30,9 @@ REQUIRES = [
     "safetensors>=0.5",
     "huggingface_hub>=1.0",
     "transformers>=5.0",  # tokenizers; needs no torch
+    # Nothing of the program imports it: folders are read as JSON and safetensors. It is
+    # here for who loads what --mode=export wrote, and for the tests that compare our
+    # networks and exports with its own; those need torch as well ("parity").
     "diffusers>=0.36",
     "matplotlib>=3.9",
     "tensorboardX>=2.6.2",

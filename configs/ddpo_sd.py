@@ -20,12 +20,14 @@ an epoch.
 | "sparse_rwr" | all of the UNet  | the best, equal       | 1e-5 | 400 a round |
 | "dpok"       | LoRA of rank 4   | clipped, step KL 0.01 | 3e-4 | the task's  |
 | "ddrl"       | LoRA of rank 4   | clipped, data loss    | 3e-4 | the task's  |
+| "strict"     | LoRA of rank 4   | clipped               | 3e-4 | the task's  |
 | "smoke"      | tiny shipped one | clipped               | 3e-4 | seconds     |
 
 "NAME-smoke" is any of them on the tiny shipped model. ddrl needs captioned pictures:
 --config.data.path=FOLDER, a TFDS data set (--config.data.source=tfds), or the base
 model's own, which --mode=sample writes and --config.data.source=samples reads.
-The KL and data weights are starting points, not measured.
+The KL and data weights are starting points, not measured. Only prompt_alignment has
+"strict", with another reward.
 
 Where this differs from the paper and its two repositories:
 - Prompts come pass after pass without replacement; there they are drawn with it.
@@ -51,18 +53,23 @@ from configs.smoke import check_variant, shrink
 
 REPO = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 PAPER_REPO = "CompVis/stable-diffusion-v1-4"  # what the paper's runs started from
-VARIANTS = ("lora", "paper", "sf", "rwr", "sparse_rwr", "dpok", "ddrl")
+FULL = ("paper", "sf", "rwr", "sparse_rwr")  # the others train a LoRA
+VARIANTS = ("lora", *FULL, "dpok", "ddrl")
 
 
-def task(name: str, variant: str, updates: int) -> ConfigDict:
+def task(
+    name: str, variant: str, updates: int, own: tuple[str, ...] = ()
+) -> ConfigDict:
     """The configuration of a task before its reward and prompts are set.
 
     Args:
       name: of the task.
       variant: one of the table.
       updates: optimizer steps an epoch of the LoRA variants.
+      own: LoRA variants that only this task has.
     """
-    known = (*VARIANTS, "smoke", *(f"{kind}-smoke" for kind in VARIANTS))
+    kinds = (*VARIANTS, *own)
+    known = (*kinds, "smoke", *(f"{kind}-smoke" for kind in kinds))
     check_variant(variant, known)
     kind = variant.removesuffix("smoke").removesuffix("-") or "lora"
     c = base.get_config()
@@ -81,11 +88,11 @@ def task(name: str, variant: str, updates: int) -> ConfigDict:
     c.train.update(epochs=100, minibatches=updates, microbatch=8)
     c.sample.update(steps=50, guidance_scale=5.0)
     c.optimizer.update(weight_decay=1e-4, grad_clip=1.0, ema_decay=0.0)
-    if kind in ("lora", "dpok", "ddrl"):
+    if kind in FULL:
+        _full(c, kind)
+    else:
         c.lora.rank = 4
         c.optimizer.lr = 3e-4
-    else:
-        _full(c, kind)
     if kind == "dpok":
         c.policy.kl_weight = 0.01
     if kind == "ddrl":

@@ -12,6 +12,7 @@ from ddrl_jax.check_config import check_config
 from ddrl_jax.command_line import load_config
 from ddrl_jax.config_rules import flatten
 from ddrl_jax.data.prompts import prompt_list
+from ddrl_jax.rewards.questions import questions_of, read_questions
 
 ROOT = Path(__file__).resolve().parents[1]
 TASKS = ("aesthetic", "compressibility", "incompressibility", "prompt_alignment")
@@ -179,6 +180,17 @@ def test_prompt_alignment_asks_as_the_paper_did():
         "rewards.on_failure": "mask",
     }
     check(config, wanted)
+
+
+def test_the_strict_variant_differs_in_its_reward_alone():
+    config = preset("prompt_alignment", "strict")
+    found, plain = flatten(config), flatten(preset("prompt_alignment", "lora"))
+    changed = {key for key in found if found[key] != plain.get(key)}
+    assert changed == {"name", "rewards.weights", "rewards.vlm.questions"}
+    assert dict(config.rewards.weights) == {"vlm_questions": 1.0}
+    table = read_questions(config.rewards.vlm.questions)
+    questions_of(table, prompt_list(config.prompts, (), 0))  # each has some
+    check_config(config, 8)
 
 
 def test_aesthetic_reads_the_published_judge():

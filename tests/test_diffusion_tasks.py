@@ -17,6 +17,7 @@ import vlm_server
 from ddrl_jax.check_config import check_config
 from ddrl_jax.checkpoint import Checkpoints
 from ddrl_jax.config_file import load_config, override
+from ddrl_jax.data.prompts import prompt_list
 from ddrl_jax.export import export_mode
 from ddrl_jax.models.convert import to_jax
 from ddrl_jax.models.export_diffusers import LORA_FILE
@@ -26,6 +27,7 @@ from ddrl_jax.models.unet import UNet2DConditionModel
 from ddrl_jax.models.unet_config import UNetConfig
 from ddrl_jax.program import build
 from ddrl_jax.resume import start
+from ddrl_jax.rewards.questions import read_questions
 from ddrl_jax.train import train
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -158,6 +160,30 @@ def test_prompt_alignment_asks_a_server(tmp_path):
     check_rows(rows, "vlm_alignment")
     assert len(seen.bodies) >= 2 * 16 + 3 * 4
     check_diffusers_loads_the_lora("prompt_alignment.py:smoke", tmp_path / "run")
+
+
+@pytest.mark.slow
+def test_the_strict_variant_counts_right_answers(tmp_path):
+    """Whoever is asked sees a cat washing the dishes."""
+    seen_there = "a cat is washing the dishes"
+    with vlm_server.serving(lambda *_: vlm_server.said(seen_there)) as (url, seen):
+        keys = (f"rewards.vlm.base_url={url}", "rewards.vlm.model=judge")
+        keys += ("rewards.weights={'vlm_questions': 1.0}", "train.epochs=1")
+        config = read("prompt_alignment.py:strict-smoke", *LORA, *keys)
+        train(config, str(tmp_path / "run"))
+    table = read_questions(config.rewards.vlm.questions)
+    asked = [vlm_server.question_of(body) for body in seen.bodies]
+    assert len(asked) == 1 + 3 * (4 + 16 + 4)  # a check, then three for each picture
+    assert set(asked[1:]) <= {q.text for row in table.values() for q in row}
+    right = [
+        np.mean([q.words[0] in seen_there for q in table[prompt]])
+        for prompt in prompt_list(config.prompts, (), config.seed)[:4]
+    ]
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    for row in map(json.loads, lines):
+        mean = row["evaluation/vlm_questions/mean"]
+        np.testing.assert_allclose(mean, np.mean(right), rtol=1e-6)
+    assert row["reward/vlm_questions/std"] > 0 and row["grad_norm"] > 0
 
 
 @pytest.mark.slow

@@ -4,6 +4,7 @@ import base64
 import contextlib
 import io
 import json
+import socket
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -100,3 +101,35 @@ def after(seconds, text="late"):
         return said(text)
 
     return reply
+
+
+@contextlib.contextmanager
+def dripping(head, drop, seconds=20.0):
+    """A server that sends `head`, then a drop each 50 ms; yields url, and who called.
+
+    The callers are threading.Events, set when their connection has ended.
+    """
+    callers = []
+
+    def drip(connection, ended):
+        until = time.monotonic() + seconds
+        with connection, contextlib.suppress(OSError):
+            connection.sendall(head)
+            while time.monotonic() < until:
+                time.sleep(0.05)
+                connection.sendall(drop)
+        ended.set()
+
+    def accept(listener):
+        with contextlib.suppress(OSError):
+            while True:
+                connection, _ = listener.accept()
+                callers.append(threading.Event())
+                threading.Thread(
+                    target=drip, args=(connection, callers[-1]), daemon=True
+                ).start()
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        threading.Thread(target=accept, args=(listener,), daemon=True).start()
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}/v1", callers
+        listener.shutdown(socket.SHUT_RDWR)  # wakes accept

@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from functools import partial
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -79,7 +79,7 @@ def write_latents(
     Raises:
       UserError: bad pictures (see `Pictures.checked`), numbers that are not finite in
         their dtype, a caption the encoder refuses, a folder of this name that holds
-        something else, or a disk that refuses.
+        something else, or a disk that refuses or has no locks.
     """
     _check_dtype("cache_dtype", dtype)
     _check_dtype("cache_text_dtype", text_dtype)
@@ -171,11 +171,25 @@ def _locked(folder: Path) -> Iterator[None]:
         raise unwritable(folder, e) from e
     with file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            print(f"ddrl_jax: waiting for another run in {folder}", file=sys.stderr)
-            fcntl.flock(file, fcntl.LOCK_EX)
+            _wait_for(file, folder)
+        except OSError as e:  # a workdir's beats would refuse who is to wait here
+            raise UserError(
+                f"the cache {folder} lies where no file can be locked",
+                got=f"{type(e).__name__}: {e}",
+                wanted="a file system with locks: only one program may write a cache",
+                way_out="set --config.data.cache to a folder of a local disk; each"
+                " machine then keeps its own",
+            ) from e
         yield
+
+
+def _wait_for(file: IO[str], folder: Path) -> None:
+    """Locks a file, and says so if another has it."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        print(f"ddrl_jax: waiting for another run in {folder}", file=sys.stderr)
+        fcntl.flock(file, fcntl.LOCK_EX)
 
 
 def _start(scratch: Path, pictures: Pictures, shard: int) -> tuple[str, ...]:

@@ -106,7 +106,8 @@ def write_lora(path: Path, lora: Params, config: Any, bake_alpha: bool = False) 
       The path of the file.
 
     Raises:
-      UserError: the file exists or can not be written, or the tree is no such LoRA.
+      UserError: the file exists or can not be written, the tree is no such LoRA, or a
+        number in it is not finite.
     """
     path = Path(path)
     file = path if path.suffix == ".safetensors" else path / LORA_FILE
@@ -145,7 +146,8 @@ def _lora_tensors(
         for name, part in torch_names(rows, (*path[:-1], "kernel"), factor):
             module = name.removesuffix(".weight")
             modules.add(module)
-            tensors[f"unet.{module}.{FACTORS[path[-1]]}"] = part.T.astype(np.float32)
+            key = f"unet.{module}.{FACTORS[path[-1]]}"
+            tensors[key] = _cast(key, part.T, "float32")
     if wrong or not tensors:
         raise UserError(
             "the LoRA can not be written",
@@ -171,7 +173,8 @@ def _cast(name: str, tensor: np.ndarray, dtype: str) -> np.ndarray:
             f"the weights can not be written as {dtype}",
             got=f"{name} has values that are not finite or beyond its range",
             wanted="finite numbers",
-            way_out="export an earlier checkpoint, or choose float32",
+            way_out="export an earlier checkpoint"
+            + (", or choose float32" if dtype != "float32" else ""),
         )
     return cast
 

@@ -17,6 +17,7 @@ from jaxtyping import Float, UInt8
 from ddrl_jax.errors import UserError
 from ddrl_jax.rewards.endpoint import endpoint_of
 from ddrl_jax.rewards.questions import (
+    SHOWN,
     Question,
     is_right,
     questions_of,
@@ -66,6 +67,11 @@ class Alignment(NamedTuple):
     def check(self) -> None:
         """Asks the endpoint one question; see `VlmClient.check_endpoint`."""
         self.client.check_endpoint()
+
+    def check_prompts(self, prompts: Sequence[str]) -> None:
+        """Raises UserError if words are counted and a prompt has none that counts."""
+        if self.scorer is word_recall:
+            _check_words(prompts)
 
     def counters(self) -> dict[str, int]:
         """Returns requests, retries and failures so far, see `VlmClient.counters`."""
@@ -233,13 +239,29 @@ def word_recall(
 ) -> Float[np.ndarray, " b"]:
     """Returns the share of each prompt's words that its answer has too.
 
-    The words that all references share do not count. A stand-in for BERTScore that
-    needs no model: synonyms count as misses.
+    The words that all references share do not count; where no word is left there is no
+    share, but NaN. A stand-in for BERTScore that needs no model: synonyms count as
+    misses.
     """
     pairs = zip(answers, references, strict=True)
-    frame = _words(REFERENCE.format(""))
-    shares = [_shared(_words(a), _words(r) - frame) for a, r in pairs]
+    shares = [_share(_words(a), _words_that_count(r)) for a, r in pairs]
     return np.array(shares, np.float32)
+
+
+def _check_words(prompts: Sequence[str]) -> None:
+    silent = [p for p in dict.fromkeys(prompts) if not _words_that_count(p)]
+    if silent:
+        raise UserError(
+            f"{len(silent)} prompts have no word that an answer could have too",
+            got=", ".join(map(repr, silent[:SHOWN])),
+            wanted="for --config.rewards.vlm.scorer=words a word other than"
+            f" those of {REFERENCE.format('...')!r} in each",
+            way_out="change them, or set --config.rewards.vlm.scorer=bertscore",
+        )
+
+
+def _words_that_count(text: str) -> set[str]:
+    return _words(text) - _words(REFERENCE.format(""))
 
 
 def _words(text: str) -> set[str]:
@@ -247,8 +269,8 @@ def _words(text: str) -> set[str]:
     return set(kept.split())
 
 
-def _shared(found: set[str], wanted: set[str]) -> float:
-    return len(found & wanted) / len(wanted) if wanted else 0.0
+def _share(found: set[str], wanted: set[str]) -> float:
+    return len(found & wanted) / len(wanted) if wanted else np.nan
 
 
 def _report(client: VlmClient, scores: np.ndarray) -> None:

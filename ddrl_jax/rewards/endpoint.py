@@ -88,14 +88,13 @@ def checked_endpoint(endpoint: Endpoint) -> Endpoint:
     Raises:
       UserError: no http(s) address, no model, or a limit out of range.
     """
-    parts = urllib.parse.urlsplit(endpoint.base_url)
     keys = "--config.rewards.vlm"
-    if parts.scheme not in ("http", "https") or not parts.hostname or parts.username:
+    if fault := _fault_of(endpoint.base_url):
         raise UserError(
             "the address of the vision-language model can not be used",
-            got=f"rewards.vlm.base_url={endpoint.base_url!r}",
+            got=f"rewards.vlm.base_url={endpoint.base_url!r} ({fault})",
             wanted="an http or https address without a password, such as"
-            " http://localhost:8000/v1",
+            " http://localhost:8000/v1, in ASCII (xn--... for a host, %... in a path)",
             way_out=f"set {keys}.base_url; a key goes in the environment variable that"
             f" {keys}.api_key_env names",
         )
@@ -119,6 +118,23 @@ def checked_endpoint(endpoint: Endpoint) -> Endpoint:
             " --config.rewards.timeout)",
         )
     return endpoint
+
+
+def _fault_of(url: str) -> str:
+    """Says why no request can be sent to an address, "" if one can."""
+    try:
+        parts = urllib.parse.urlsplit(url)
+        host, _ = parts.hostname or "", parts.port  # looked at for what they raise
+        host.encode("idna")  # as the socket does: no label is empty or too long
+    except ValueError as e:  # UnicodeError is one
+        return str(e)
+    if parts.scheme not in ("http", "https") or not host:
+        return "no http or https, or no host"
+    if parts.username is not None:
+        return "a user or password in it"
+    if not url.isascii() or not url.isprintable() or " " in url:
+        return "characters that no request can carry"
+    return ""
 
 
 def chat_url(base_url: str) -> str:

@@ -15,7 +15,7 @@ import time
 import urllib.error
 import urllib.request
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -32,6 +32,7 @@ from ddrl_jax.rewards.chat import (
     request_body,
 )
 from ddrl_jax.rewards.endpoint import Endpoint, api_key, chat_url, checked_endpoint
+from ddrl_jax.rewards.timed_http import asked_wait, timed_opener
 
 BLANK = 224  # pixels a side of the picture of the start-up check
 LONGEST_WAIT = 30.0  # seconds between two tries, unless the server asks for more
@@ -71,7 +72,7 @@ class VlmClient:
     def __init__(self, endpoint: Endpoint):
         self.endpoint = checked_endpoint(endpoint)
         self._key = api_key(endpoint)
-        self._opener = urllib.request.build_opener(_NoRedirects())
+        self._opener = timed_opener()
         self._slots = threading.BoundedSemaphore(endpoint.threads)
         self._lock = threading.Lock()
         self._counts: Counter[str] = Counter()
@@ -219,10 +220,9 @@ class VlmClient:
         return urllib.request.Request(url, data=body, headers=headers)
 
     def _fetch(self, request: urllib.request.Request, timeout: float) -> bytes:
-        end = time.monotonic() + timeout
         try:
             with self._opener.open(request, timeout=timeout) as response:
-                return _read(response, end)
+                return b"".join(_parts(response))
         except urllib.error.HTTPError as e:
             raise self._from_status(e) from e
         except TimeoutError as e:
@@ -234,17 +234,19 @@ class VlmClient:
             raise Failure(kind, detail, again=True) from e
 
     def _from_status(self, e: urllib.error.HTTPError) -> Failure | Refused:
+        came = []
         try:
-            text = e.read(LARGEST_BODY).decode("utf-8", "replace")
-        except (OSError, http.client.HTTPException):
-            text = ""
+            with e:
+                came.extend(_parts(e))
+        except (OSError, http.client.HTTPException, Failure):
+            pass  # the status is what counts; of the reason there is what came
+        text = b"".join(came).decode("utf-8", "replace")
         detail = self._without_key(f"HTTP {e.code}: {' '.join(text.split())[:SHOWN]}")
         if e.code in REFUSED:
             return self._refused(detail)
         again = e.code == 429 or e.code >= 500
-        wait = e.headers.get("Retry-After", "")
-        seconds = float(wait) if wait.strip().isdigit() else 0.0
-        return Failure(f"status_{e.code}", detail, again, seconds)
+        wait = asked_wait(e.headers.get("Retry-After", ""))
+        return Failure(f"status_{e.code}", detail, again, wait)
 
     def _without_key(self, text: str) -> str:
         return text.replace(self._key, "***") if self._key else text
@@ -298,22 +300,11 @@ class VlmClient:
             self._counts[name] += 1
 
 
-class _NoRedirects(urllib.request.HTTPRedirectHandler):
-    """A redirect would carry the key to another server: it is a failure instead."""
-
-    def redirect_request(self, *args: Any, **keywords: Any) -> None:
-        """Follows nothing."""
-        return None
-
-
-def _read(response: Any, end: float) -> bytes:
-    """Reads a body that must be complete in time, however slowly it drips."""
-    parts, size = [], 0
+def _parts(response: Any) -> Iterator[bytes]:
+    """A body as it arrives; of too large a one no more than is too large."""
+    size = 0
     while part := response.read1(65536):
-        parts.append(part)
         size += len(part)
         if size > LARGEST_BODY:
             raise Failure("not_json", f"more than {LARGEST_BODY} bytes")
-        if time.monotonic() > end:
-            raise TimeoutError
-    return b"".join(parts)
+        yield part

@@ -1,5 +1,6 @@
 """The cache of latents as it is written: equal to encoding, once, through any kill."""
 
+import errno
 import fcntl
 import os
 import resource
@@ -290,3 +291,20 @@ def test_a_second_writer_waits_for_the_first(tmp_path, pictures, capsys):
         assert "waiting for another run" in told and images.batches == []
     second.join(20)
     assert len(images.batches) == IMAGE_BATCHES
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP])
+def test_a_file_system_without_locks_is_named(number, tmp_path, pictures, monkeypatch):
+    """Also where it tells only whom it lets wait."""
+    answers = [OSError(number, os.strerror(number))]
+
+    def none(*_):
+        raise answers[-1] if len(answers) == 1 else answers.pop()
+
+    monkeypatch.setattr(fcntl, "flock", none)
+    for first in ([], [BlockingIOError(errno.EAGAIN, "taken")]):
+        answers += first
+        with pytest.raises(UserError, match="can be locked") as error:
+            write(tmp_path, pictures)
+        assert os.strerror(number) in error.value.got
+        assert "--config.data.cache" in error.value.way_out

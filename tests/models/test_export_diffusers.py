@@ -307,3 +307,13 @@ def test_a_tree_that_is_no_such_lora_is_refused(tmp_path, lora):
     with pytest.raises(UserError, match="LoRA"):
         write_lora(tmp_path, lora, CONFIG)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("factor", ["a", "b"])
+def test_a_lora_that_has_diverged_is_refused(tmp_path, factor):
+    layer = {"a": np.ones((4, RANK)), "b": np.ones((RANK, 4))}
+    layer[factor][0, 0] = np.nan
+    lora = {"time_embedding": {"linear_1": layer}}
+    with pytest.raises(UserError, match="time_embedding.linear_1") as error:
+        write_lora(tmp_path, lora, CONFIG)
+    assert "not finite" in error.value.got and not list(tmp_path.iterdir())

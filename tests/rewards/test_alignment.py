@@ -158,6 +158,17 @@ def test_prompts_without_questions_are_found_before_training():
         reward.check_prompts(("a cat",))
 
 
+def test_prompts_without_a_word_that_counts_are_found_before_training():
+    section = rewards_section("http://127.0.0.1:9")
+    alignment.vlm_alignment(section).check_prompts(PROMPTS)
+    silent = (*PROMPTS, "\U0001f981", "the image", "\U0001f981")
+    with pytest.raises(UserError, match="2 prompts have no word") as error:
+        alignment.vlm_alignment(section).check_prompts(silent)
+    assert error.value.got == "'\U0001f981', 'the image'"
+    # a scorer that reads sentences can judge them
+    alignment.vlm_alignment(section, lambda *_: np.zeros(1)).check_prompts(silent)
+
+
 @pytest.mark.parametrize(
     ("build", "changes", "message"),
     [
@@ -191,6 +202,8 @@ def test_word_recall():
         ): 0.5,  # of a dog riding bike
         ("The image contains", "The image contains a cat"): 0.0,
         ("", "The image contains a cat"): 0.0,
+        ("a lion", "The image contains \U0001f981"): np.nan,
+        ("the image", "The image contains the image"): np.nan,
     }
     answers, references = zip(*cases, strict=True)
     found = alignment.word_recall(answers, references)

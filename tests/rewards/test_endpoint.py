@@ -42,6 +42,13 @@ def test_extra_fields_must_be_a_json_object(body):
 
 
 @pytest.mark.parametrize(
+    "url", ["https://xn--bcher-kva.example./v1", "http://[::1]:80/%C3%BC/v1"]
+)
+def test_an_address_that_looks_odd_and_works(url):
+    assert checked_endpoint(GOOD._replace(base_url=url)).base_url == url
+
+
+@pytest.mark.parametrize(
     "url", ["http://h/v1", "http://h/v1/", "http://h/v1/chat/completions"]
 )
 def test_the_address_of_requests(url):
@@ -56,6 +63,15 @@ def test_the_address_of_requests(url):
         {"base_url": "file:///etc/passwd"},
         {"base_url": "http://user:secret@host/v1"},
         {"base_url": "http:///v1"},
+        {"base_url": "http://a..b:80/v1"},
+        {"base_url": f"http://{'a' * 64}/v1"},
+        {"base_url": "http://[::1/v1"},
+        {"base_url": "http://127.0.0.1:9/\u00fc/v1"},
+        {"base_url": "http://h:99999/v1"},
+        {"base_url": "http://h:port/v1"},
+        {"base_url": "http://h/a b/v1"},
+        {"base_url": "http://h/v1\n"},
+        {"base_url": "http://@h/v1"},
         {"model": ""},
         {"timeout": 0.0},
         {"threads": 0},

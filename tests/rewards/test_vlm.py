@@ -6,7 +6,7 @@ import time
 
 import numpy as np
 import pytest
-from vlm_server import after, picture_of, question_of, said, serving
+from vlm_server import after, dripping, picture_of, question_of, said, serving
 
 from ddrl_jax.errors import UserError
 from ddrl_jax.rewards import vlm
@@ -121,29 +121,27 @@ def test_a_slow_server_is_given_up_on():
     assert time.monotonic() - start < 2
 
 
-def test_a_server_that_drips_is_given_up_on():
-    ready = threading.Event()
+OK, LONG = b"HTTP/1.1 200 OK\r\n", b"Content-Length: 100000\r\n\r\n"
 
-    def drip(listener):
-        ready.set()
-        connection, _ = listener.accept()
-        connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n\r\n")
-        for _ in range(100):  # each byte in time, the whole never
-            time.sleep(0.05)
-            try:
-                connection.sendall(b" ")
-            except OSError:
-                return
 
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        threading.Thread(target=drip, args=(listener,), daemon=True).start()
-        ready.wait(5)
-        asker = client(f"http://127.0.0.1:{listener.getsockname()[1]}", timeout=0.3)
-        asker = VlmClient(asker.endpoint._replace(retries=0))
-        start = time.monotonic()
-        assert asker.ask_all(PICTURES[:1], [["?"]]) == [[None]]
-    assert time.monotonic() - start < 3
-    assert asker.counters()["failures/timeout"] == 1
+@pytest.mark.parametrize(
+    ("head", "drop", "kind"),
+    [
+        (OK + LONG, b" ", "timeout"),
+        (OK + b"Name: ", b"x", "timeout"),
+        (b"", b"HTTP/1.1 100 Continue\r\n\r\n", "timeout"),
+        (b"HTTP/1.1 500 Oops\r\n" + LONG, b" ", "status_500"),
+    ],
+)
+def test_a_server_that_drips_is_given_up_on(head, drop, kind):
+    """Each byte comes in time, the whole never: neither thread nor slot waits on."""
+    start = time.monotonic()
+    with dripping(head, drop) as (url, callers):
+        asker = client(url, timeout=1.0, retries=0, threads=1)
+        assert asker.ask_all(PICTURES[:2], [["?"], ["?"]]) == [[None], [None]]
+        assert time.monotonic() - start < 12
+        assert asker.counters()[f"failures/{kind}"] == 2
+        assert len(callers) == 2 and all(ended.wait(5) for ended in callers)
 
 
 def test_a_refused_connection_is_tried_again_and_counted():
@@ -264,12 +262,19 @@ def test_a_batch_ends_with_its_budget():
     assert asker.counters()["failures/budget"] >= 26
 
 
-def test_a_wait_beyond_the_budget_is_not_begun():
+@pytest.mark.parametrize("asked", ["60", "9" * 400, "Fri, 31 Dec 9999 23:59:59 GMT"])
+def test_a_wait_beyond_the_budget_is_not_begun(asked):
     start = time.monotonic()
-    reply = (503, "", [("Retry-After", "60")])
+    reply = (503, "", [("Retry-After", asked)])
     counters, _ = failing(lambda b, n: reply, budget=2.0)
     assert counters["failures/status_503"] == 1 and counters["retries"] == 0
     assert time.monotonic() - start < 2
+
+
+@pytest.mark.parametrize("asked", ["\u00b2", "-5", "soon"])
+def test_a_wait_that_is_none_is_the_clients_own(asked):
+    counters, _ = failing(lambda b, n: (429, "", [("Retry-After", asked)]))
+    assert counters["failures/status_429"] == 1 and counters["retries"] == 2
 
 
 @pytest.mark.parametrize("status", [401, 403])
