@@ -112,9 +112,22 @@ def _read(path: Path, leaf: Callable[[Any, str], Any]) -> Params:
 
 
 def write_params(path: Path, params: Params, dtype: str = "float16") -> None:
-    """Writes a nested dict of arrays as a compressed .npz, by default in half."""
+    """Writes a nested dict of arrays as a compressed .npz, by default in half.
+
+    Raises:
+      UserError: a value is not finite, or too large for `dtype`; nothing is written.
+    """
     flat = traverse_util.flatten_dict(jax.device_get(params), sep="/")
-    arrays: dict[str, Any] = {k: np.asarray(v, dtype) for k, v in flat.items()}
+    with np.errstate(over="ignore"):
+        arrays: dict[str, Any] = {k: np.asarray(v, dtype) for k, v in flat.items()}
+    bad = sorted(k for k, v in arrays.items() if not np.isfinite(v).all())
+    if bad:
+        raise UserError(
+            f"the weights can not be written as {dtype}",
+            got=f"{bad[0]} has values that are not finite or beyond its range",
+            wanted="finite numbers",
+            way_out="export an earlier checkpoint",
+        )
     np.savez_compressed(path, **arrays)
 
 

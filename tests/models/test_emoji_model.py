@@ -67,6 +67,14 @@ PARAMS = {
 }
 
 
+@pytest.mark.parametrize("value", [np.nan, np.inf, 1e6])  # float16 ends at 65,504
+def test_weights_that_have_diverged_are_not_written(tmp_path, value):
+    path = tmp_path / "w.npz"
+    with pytest.raises(UserError, match="float16") as error:
+        write_params(path, PARAMS | {"b": np.asarray([1.0, value, 1.0])})
+    assert error.value.got.startswith("b ") and not path.exists()
+
+
 def test_weights_come_back_from_a_file(tmp_path):
     path = tmp_path / "w.npz"
     write_params(path, jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), PARAMS))
