@@ -14,6 +14,7 @@ import jax
 import numpy as np
 from jax.core import ShapedArray
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn
+from jax.interpreters.partial_eval import dce_jaxpr
 
 
 class Count(NamedTuple):
@@ -64,8 +65,8 @@ def count(fn: Callable, *abstract_args: Any) -> Count:
     """Counts one call of `fn`; traces it and computes nothing.
 
     A `cond` counts as the branch that multiplies most, one by platform as that of all
-    others. The blocks that a Pallas kernel
-    skips, and what it recomputes, are counted.
+    others. What no result depends on is left out, as compilers leave it out. The blocks
+    that a Pallas kernel skips, and what it recomputes, are counted.
 
     Args:
       fn: traceable by JAX; jitted or not.
@@ -77,7 +78,8 @@ def count(fn: Callable, *abstract_args: Any) -> Count:
 def _jaxpr(jaxpr: Jaxpr, again: bool) -> Count:
     """`again`: whether this is a second computation of the same, by checkpoint."""
     total = Count()
-    for eqn in jaxpr.eqns:
+    used, _ = dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))
+    for eqn in used.eqns:
         stack = str(eqn.source_info.name_stack)
         total = total.plus(_equation(eqn, again or "rematted_computation" in stack))
     return total

@@ -10,6 +10,7 @@ from jax.sharding import PartitionSpec as P
 
 from ddrl_jax.flops import Count, count, flops
 from ddrl_jax.models.attention import attention
+from ddrl_jax.models.convolution import convolve
 
 
 def _shaped(*shape: int, dtype=jnp.float32) -> jax.ShapeDtypeStruct:
@@ -59,7 +60,7 @@ def test_a_gradient_is_three_forwards():
 
 
 def test_remat_is_four_forwards_one_of_them_recomputed():
-    found = count(jax.grad(jax.checkpoint(_chain), (0, 1, 2)), X, W, V)
+    found = count(jax.value_and_grad(jax.checkpoint(_chain), (0, 1, 2)), X, W, V)
     assert found.flops == 4 * FORWARD
     assert found.recomputed == FORWARD
 
@@ -118,6 +119,39 @@ def test_a_cond_is_its_costliest_branch():
     assert flops(fn, _shaped(7, 7)) == 2 * 2 * 7**3
 
 
+def _no_use(wrap):
+    """Two products, of which one is used, within `wrap`."""
+
+    def fn(x):
+        used, _ = wrap(lambda y: (y @ y, y @ y @ y))(x)
+        return used
+
+    return fn
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        jax.jit,
+        jax.checkpoint,
+        lambda f: lambda x: jax.lax.cond(x[0, 0] > 0, f, f, x),
+        lambda f: lambda x: jax.lax.platform_dependent(x, cpu=f, default=f),
+        lambda f: lambda x: jax.lax.scan(lambda y, _: f(y), x, None, length=1),
+    ],
+)
+def test_what_no_result_depends_on_is_left_out(wrap):
+    assert flops(_no_use(wrap), _shaped(7, 7)) == 2 * 7**3
+    assert flops(jax.jit(_no_use(wrap)), _shaped(7, 7)) == 2 * 7**3
+
+
+def test_what_a_loop_of_unknown_length_does_not_use_is_left_out():
+    def fn(x):
+        body = _no_use(jax.jit)
+        return jax.lax.while_loop(lambda y: y[0, 0] < 1, body, x)
+
+    assert count(fn, _shaped(7, 7)).flops == 2 * 7**3
+
+
 def test_custom_gradients_are_seen_into():
     @jax.custom_vjp
     def square(x):
@@ -125,7 +159,7 @@ def test_custom_gradients_are_seen_into():
 
     square.defvjp(lambda x: (x @ x, x), lambda x, g: (g @ x + x @ g + x @ x,))
     assert flops(square, _shaped(7, 7)) == 2 * 7**3
-    gradient = jax.grad(lambda x: jnp.sum(square(x)))
+    gradient = jax.value_and_grad(lambda x: jnp.sum(square(x)))
     assert flops(gradient, _shaped(7, 7)) == 4 * 2 * 7**3
 
     assert flops(jax.nn.relu, _shaped(7, 7)) == 0  # custom_jvp
@@ -206,6 +240,32 @@ def test_the_gradient_of_a_convolution_is_three_forwards(stride):
 
     forward = flops(loss, IMAGE, KERNEL)
     assert flops(jax.grad(loss, (0, 1)), IMAGE, KERNEL) == 3 * forward
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_the_convolution_of_the_networks_is_three_forwards_two_with_a_frozen_kernel(
+    nested,
+):
+    """Its own gradient differentiates the plain one again, whose value nobody reads.
+
+    Of four layers in a loop the input of the first has a gradient too, as the loop does
+    the same each time."""
+    forward = 2 * 2 * 4 * 4 * (3 * 8 - 2) * (3 * 6 - 2)
+    kernel = _shaped(3, 3, 4, 4)
+    stack = _shaped(4, *kernel.shape) if nested else kernel
+
+    def layer(x, k):
+        return jnp.tanh(convolve(x, k)), None
+
+    def loss(x, k):
+        return jnp.sum(jax.lax.scan(layer, x, k)[0] if nested else layer(x, k)[0])
+
+    layers = 4 if nested else 1
+    assert flops(loss, IMAGE, stack) == layers * forward
+    both = jax.jit(jax.value_and_grad(loss, (0, 1)))
+    assert flops(both, IMAGE, stack) == layers * 3 * forward
+    frozen = jax.jit(jax.value_and_grad(loss))
+    assert flops(frozen, IMAGE, stack) == layers * 2 * forward
 
 
 def test_groups_divide_the_work():

@@ -98,3 +98,54 @@ def test_a_loop_and_a_reduce_scatter_as_a_tpu_has_them():
 def test_a_condition_that_is_no_count_is_an_error():
     with pytest.raises(ValueError, match="unknown length"):
         collectives(OF_A_TPU.replace("direction=LT", "direction=NE"), MESH)
+
+
+# One all-gather beside two products in a loop, and two exchanges of `shard_map`, which
+# are all on channel 1.
+BESIDE = """HloModule jit_update
+%fused_computation.1 (p.0: f32[2,8]) -> (f32[2,8], f32[8,8], u32[]) {
+  %all-gather.1 = GATHER
+  ROOT %s = (f32[2,8], f32[8,8], u32[]) custom-call(%all-gather.1), \
+custom_call_target="AsyncCollectiveStart"
+}
+%async_collective_fusion.2 (p.0: f32[2,8], p.1: f32[8,8]) -> (f32[4], f32[8,8]) {
+  %convolution.1 = f32[4]{0} convolution(%a, %b), dim_labels=bf_io->bf
+  %all-gather.2 = GATHER
+  ROOT %t = (f32[4], f32[8,8]) tuple(%convolution.1, %all-gather.2)
+}
+%async_collective_fusion.3 (p.0: f32[2,8], p.1: f32[8,8]) -> (f32[4], f32[8,8]) {
+  %all-gather.3 = GATHER
+  ROOT %t = (f32[4], f32[8,8]) tuple(%p.0, %all-gather.3)
+}
+%fused_computation.4 (p.0: f32[2,8], p.1: f32[8,8]) -> f32[8,8] {
+  %all-gather.4 = GATHER
+  ROOT %d = f32[8,8] custom-call(%p.0, %p.1, %all-gather.4), \
+custom_call_target="AsyncCollectiveDone"
+}
+%body (p: f32[2,8]) -> f32[2,8] {
+  %start = (f32[2,8], f32[8,8], u32[]) fusion(%p), calls=%fused_computation.1
+  %f = (f32[4], f32[8,8]) fusion(%x, %y), calls=%async_collective_fusion.2
+  %g = (f32[4], f32[8,8]) fusion(%x, %y), calls=%async_collective_fusion.3
+  %done = f32[8,8] fusion(%x, %y), calls=%fused_computation.4
+  %q = f32[8,2]{1,0} all-to-all(%k), channel_id=1, replica_groups=[2,4]<=[8]
+  %r = f32[8,2]{1,0} all-to-all(%q), channel_id=1, replica_groups=[2,4]<=[8]
+}
+ENTRY %main (p: f32[2,8]) -> f32[2,8] {
+  %w = f32[2,8] while(%p), condition=%c, body=%body, backend_config={\
+"known_trip_count":{"n":"5"}}
+}
+""".replace(
+    "GATHER",
+    "f32[8,8]{1,0} all-gather(%p.0), channel_id=7, replica_groups=[2,4]<=[8], "
+    'frontend_attributes={chain_id="1"}, backend_config={"async_collective_fusion_'
+    'config":{"flag_start":"2","flag_end":"8"}}',
+)
+
+
+def test_a_collective_beside_products_is_one_though_a_tpu_writes_it_often():
+    gather, *exchanges = collectives(BESIDE, MESH)
+    assert (gather.kind, gather.axes, gather.count) == ("all-gather", ("fsdp",), 5)
+    assert gather.bytes == 5 * 3 / 4 * 8 * 8 * 4
+    assert [(c.kind, c.bytes) for c in exchanges] == [
+        ("all-to-all", 5 * 3 / 4 * 8 * 2 * 4)
+    ] * 2

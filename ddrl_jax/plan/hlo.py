@@ -66,13 +66,27 @@ def collectives(text: str, mesh: dict[str, int]) -> list[Collective]:
     for name, lines in bodies.items():
         for line in lines:
             match = _COLLECTIVE.search(line)
-            if match is None or not runs[name]:
+            if match is None or not runs[name] or _continued(line, lines):
                 continue
             if math.isnan(runs[name]):
                 raise ValueError(f"a loop of unknown length: {line.strip()[:120]}")
             kept = name.startswith("all-reduce-scatter")
             found.append(_read(line, match, int(runs[name]), mesh, kept))
     return [c for c in found if c.bytes]
+
+
+def _continued(line: str, lines: list[str]) -> bool:
+    """Whether an instruction is a later part of one that is under way already.
+
+    libtpu writes what an asynchronous collective does beside products as a chain: the
+    whole instruction stands in the computation of AsyncCollectiveStart, again in every
+    `async_collective_fusion` that carries it on, and again in that of
+    AsyncCollectiveDone. Its channel does not name it: programs have several
+    instructions of `shard_map`, and of a reduce-scatter, on channel 1.
+    """
+    if "async_collective_fusion_config" not in line:
+        return False
+    return not any('"AsyncCollectiveStart"' in other for other in lines)
 
 
 def _computations(text: str) -> tuple[dict[str, list[str]], str]:
