@@ -161,7 +161,10 @@ def draw_trained_steps(
     """Step indices [t samples] trained this epoch, ascending for each sample.
 
     config.policy.train_on names them; else train_steps of the noisy ones are drawn by
-    (seed, epoch), the same for all samples or, with per_sample_steps, for each.
+    (seed, epoch), the same for all samples or, with per_sample_steps, for each. Only
+    these are kept of a rollout, so that every pass over its samples trains the same;
+    DDPO keeps the whole trajectory and draws anew for each pass (train_steps 0 is all
+    of them here too).
     """
     policy = config.policy
     if policy.term in WEIGHTED:  # fits the samples: no transition is kept
