@@ -208,6 +208,10 @@ def test_evaluation_and_sampling_are_the_tasks_own(task):
 # Where a preset differs on purpose: our value, and what its header says of it.
 DIFFERENT = [
     ("", "policy.train_steps", 0, "each pass draws anew"),
+    ("", "model.init", ddpo_sd.REPO, "starts from v1-4"),
+    ("", "model.dtype", "bfloat16", "computes in float16"),
+    ("paper", "optimizer.state_dtype", "float32", "the first is bfloat16"),
+    ("", "checkpoint.keep", 2, "there all of them"),
 ]
 
 
