@@ -82,8 +82,8 @@ def get_config(variant: str = "") -> ConfigDict:
     # | "questions" | "tfds"
     c.prompts.path = ""  # "file": text file, one prompt a line; "questions": JSON lines
     # of prompts with questions; "tfds": folder or name of a prepared data set
-    c.prompts.set = ""  # "set": imagenet_animals | imagenet_dogs | simple_animals |
-    # nouns_activities | counting
+    c.prompts.set = ""  # "set": imagenet_all | imagenet_animals | imagenet_dogs |
+    # simple_animals | nouns_activities | counting | vqa_v0 | vqa_v1 | vqa_v2
     c.prompts.feature = "caption"  # "tfds": its text feature
     c.prompts.split = "train"  # "tfds": its split
     c.prompts.list = ()  # the prompts themselves, for "list"

@@ -38,6 +38,12 @@ Where this differs from the paper and its two repositories:
 - Sparse RWR keeps what reaches the 90th percentile of 32 samples of one prompt, there
   the batch of a host: 4 of 32, 1,280 a round in place of 1,024.
 - Prompt alignment has 256 samples an epoch and updates of 128; there 288 and 144.
+- policy.train_steps below 50 is drawn once an epoch and all train.inner_epochs train
+  the same steps; there each pass draws anew. By default all 50 are trained.
+- A LoRA starts from v1-5 and computes in bfloat16; that of the PyTorch repository's
+  dgx.py starts from v1-4 and computes in float16.
+- Both moments of Adam are float32; in the JAX repository the first is bfloat16.
+- The last 2 checkpoints are kept; there all of them (--config.checkpoint.keep).
 
 policy.ratio_tolerance is 0. That the ratio is exactly 1 was shown on CPUs only; where
 an accelerator's compiler rounds the rollout and the update differently, the self-test

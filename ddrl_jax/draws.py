@@ -74,8 +74,10 @@ def each_chunk(
 def sample_order(config: Any, epoch: int, inner: int, count: int) -> np.ndarray:
     """The order [count] in which a pass takes an epoch's samples, whatever the mesh.
 
-    The first pass takes them as they come, so that its microbatches are those of the
-    rollout and the ratio is exact; each later one has an order of its own.
+    Each pass has an order of its own, but the first one of a surrogate takes them as
+    they come: its microbatches are then those of the rollout and the ratio is exact.
+    RWR has no ratio, and samples come prompt after prompt: its first pass mixes them
+    too. Of sparse RWR the selection has spread them already.
 
     Args:
       config: the whole configuration.
@@ -83,7 +85,8 @@ def sample_order(config: Any, epoch: int, inner: int, count: int) -> np.ndarray:
       inner: pass over the samples, from 0.
       count: of the samples.
     """
-    if inner == 0 or config.train.minibatches == 1:  # one minibatch has no order
+    in_place = inner == 0 and config.policy.term != "rwr"
+    if in_place or config.train.minibatches == 1:  # one minibatch has no order
         return np.arange(count, dtype=np.int32)
     random = np.random.default_rng([config.seed, 5, epoch, inner])
     return random.permutation(count).astype(np.int32)
@@ -99,8 +102,9 @@ def _rows_of(
     """Numbers [chunks b] of the samples of each chunk."""
     if samples is None:
         samples = np.arange(len(prompts.index), dtype=np.int32)
-    order = sample_order(program.config, epoch, inner, len(samples))
-    return samples[order].reshape(-1, program.chunk)
+    if inner:  # the first draw is rolled out, and changes places only when it is fitted
+        samples = samples[sample_order(program.config, epoch, inner, len(samples))]
+    return samples.reshape(-1, program.chunk)
 
 
 def _next_batches(
@@ -157,7 +161,10 @@ def draw_trained_steps(
     """Step indices [t samples] trained this epoch, ascending for each sample.
 
     config.policy.train_on names them; else train_steps of the noisy ones are drawn by
-    (seed, epoch), the same for all samples or, with per_sample_steps, for each.
+    (seed, epoch), the same for all samples or, with per_sample_steps, for each. Only
+    these are kept of a rollout, so that every pass over its samples trains the same;
+    DDPO keeps the whole trajectory and draws anew for each pass (train_steps 0 is all
+    of them here too).
     """
     policy = config.policy
     if policy.term in WEIGHTED:  # fits the samples: no transition is kept

@@ -189,8 +189,8 @@ def update_epoch(
     per_update = len(batch.chunks) // config.train.minibatches
     history = []
     for inner in range(config.train.inner_epochs):
-        again = _redrawn(program, batch, epoch, inner) if inner else batch.chunks
-        chunks = iter(again)
+        each_of = _redrawn if inner else _in_order
+        chunks = each_of(program, batch, epoch, inner)
         while part := tuple(islice(chunks, per_update)):
             state, metrics = program.update(
                 state, program.frozen, program.reference, part
@@ -252,6 +252,22 @@ def speeds(config: Any, values: dict, epoch: int) -> dict[str, float]:
         "samples_per_second": count / values["time/epoch"],
         "samples_seen": epoch * count,
     }
+
+
+def _in_order(
+    program: Program, batch: Collected, epoch: int, inner: int
+) -> Iterator[Minibatch]:
+    """The chunks as they were drawn, whole samples in the order of this pass.
+
+    Only those of RWR change places, which keep nothing along the steps.
+    """
+    size = program.chunk
+    order = sample_order(program.config, epoch, inner, len(batch.chunks) * size)
+    if np.array_equal(order, np.arange(len(order))):
+        yield from batch.chunks
+        return
+    for rows in order.reshape(-1, size):
+        yield take_rows(program.mesh, batch.chunks, rows)
 
 
 def _redrawn(

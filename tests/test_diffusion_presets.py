@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from configs import ddpo_sd
 from ddrl_jax.check_config import check_config
 from ddrl_jax.command_line import load_config
 from ddrl_jax.config_rules import flatten
@@ -214,3 +215,20 @@ def test_evaluation_and_sampling_are_the_tasks_own(task):
         "rewards.heldout": (),
     }
     check(preset(task, ""), wanted)
+
+
+# Where a preset differs on purpose: our value, and what its header says of it.
+DIFFERENT = [
+    ("", "policy.train_steps", 0, "each pass draws anew"),
+    ("", "model.init", ddpo_sd.REPO, "starts from v1-4"),
+    ("", "model.dtype", "bfloat16", "computes in float16"),
+    ("paper", "optimizer.state_dtype", "float32", "the first is bfloat16"),
+    ("", "checkpoint.keep", 2, "there all of them"),
+]
+
+
+@pytest.mark.parametrize(("variant", "key", "ours", "said"), DIFFERENT)
+def test_what_differs_is_in_the_header(variant, key, ours, said):
+    check(preset("aesthetic", variant), {key: ours})
+    header = " ".join((ddpo_sd.__doc__ or "").split())
+    assert said in header.partition("Where this differs")[2]

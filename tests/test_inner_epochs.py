@@ -1,4 +1,6 @@
-"""Later passes over an epoch's samples: other minibatches, the same on any mesh."""
+"""Passes over an epoch's samples: each its minibatches, the same on any mesh."""
+
+import gc
 
 import jax
 import numpy as np
@@ -13,7 +15,7 @@ from tiny_runs import (
 )
 
 from ddrl_jax.collect import Collected, collect
-from ddrl_jax.draws import prompts_of, sample_order
+from ddrl_jax.draws import draw_chunks, prompts_of, sample_order
 from ddrl_jax.metrics import Timer
 from ddrl_jax.objectives.advantages import PerPromptTracker
 from ddrl_jax.preemption import Preemption
@@ -170,13 +172,91 @@ def test_a_later_pass_holds_one_minibatch_more(term):
         batch = collect(program, state, 0, pool, tracker, Timer(), Preemption())
     assert batch is not None and len(batch.chunks) == 16
 
+    live = lambda: sum(array.nbytes for array in jax.live_arrays())  # noqa: E731
+
     def update(state, frozen, reference, chunks):
-        held.append(sum(array.nbytes for array in jax.live_arrays()))
+        held.append(live())
         return program.update(state, frozen, reference, chunks)
 
+    gc.collect()  # of earlier tests
+    begun = live()
     update_epoch(program._replace(update=update), state, batch, 0)
     minibatch, epoch = bytes_of(batch.chunks[:2]), bytes_of(batch.chunks)
     assert len(held) == 24 and epoch == 8 * minibatch
-    more = np.array(held[8:]) - held[0]
+    as_drawn = 0 if term == "rwr" else 8  # updates of a pass that changes no places
+    assert all(np.array(held[:as_drawn]) < begun + minibatch / 2)
+    more = np.array(held[as_drawn:]) - begun
     assert minibatch <= more.min()
     assert more.max() < 1.6 * minibatch  # the last chunk of the one before, and metrics
+
+
+def fitted(devices: int, **edits):
+    """(prompts, the samples in order, those of each update) of an epoch, on the host.
+
+    Sample i is a page of the one value i and weighs i.
+    """
+    shape = {
+        "policy.term": "rwr",
+        "mesh.data": devices,
+        "train.microbatch": 1,
+        "train.minibatches": 4,
+        "train.inner_epochs": 2,
+        "prompts.per_epoch": 4,
+        "prompts.group_size": 8,
+        "advantages.kind": "group",
+        "data_term.weight": 0.5,
+    }
+    program, seen = tiny_program(shape | edits, flat_source()), []
+    prompts, size = prompts_of(program, 0), program.chunk
+
+    def judged(number, chunk):
+        rows = np.arange(number * size, (number + 1) * size, dtype=np.float32)
+        put = lambda a: place_batch(program.mesh, a)  # noqa: E731
+        pages = np.broadcast_to(rows[:, None, None, None], (size, 16, 16, 3))
+        return chunk._replace(x0=put(np.ascontiguousarray(pages)), advantages=put(rows))
+
+    def joined(chunks):
+        data = [
+            to_host(
+                chunk._replace(
+                    keys=jax.random.key_data(chunk.keys),
+                    data_keys=jax.random.key_data(chunk.data_keys),
+                )
+            )
+            for chunk in chunks
+        ]
+        return jax.tree.map(lambda *a: np.concatenate(a), *data)
+
+    def update(state, frozen, reference, chunks):
+        seen.append(joined(chunks))
+        return state, {"bad_updates": 0, "bad_leaf": -1}
+
+    drawn = draw_chunks(program, prompts, 0, 0)
+    chunks = [judged(number, chunk) for number, chunk in enumerate(drawn)]
+    batch = Collected(prompts, chunks, PerPromptTracker.init(4, 16), {})
+    update_epoch(program._replace(update=update), program.new_state(), batch, 0)
+    return prompts, joined(chunks), seen
+
+
+@pytest.mark.parametrize("devices", [1, 8])
+def test_no_minibatch_of_rwr_is_of_one_prompt_alone(devices):
+    """Samples come prompt after prompt, and no ratio must be exact in pass 0."""
+    prompts, whole, seen = fitted(devices)
+    assert len(seen) == 8
+    orders = [found.advantages.astype(int) for found in seen]
+    for each in (np.concatenate(orders[:4]), np.concatenate(orders[4:])):
+        assert sorted(each) == [*range(32)]
+    assert all(len(set(prompts.group[order])) > 1 for order in orders)
+    for order, found in zip(orders[:4], seen[:4], strict=True):
+        wanted = jax.tree.map(lambda a, rows=order: a[rows], whole)
+        assert same_bits(found, wanted)  # all that belongs to a sample came along
+
+
+def test_eight_devices_fit_by_rwr_the_minibatches_of_one():
+    assert same_bits(fitted(1)[2], fitted(8)[2])
+
+
+def test_rwr_with_one_minibatch_has_no_order():
+    edits = {"train.minibatches": 1, "train.inner_epochs": 1}
+    _, whole, seen = fitted(1, **edits)
+    assert len(seen) == 1 and same_bits(seen[0], whole)

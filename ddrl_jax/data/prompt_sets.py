@@ -1,7 +1,7 @@
 """The prompt sets of DDPO (arXiv 2305.13301) by name, and prompts of a TFDS data set.
 
 Labels and word lists are text files in assets/prompts, one a line; sets that combine
-words are composed here. Two sets come with questions about the picture and the word
+words are composed here. Some sets come with questions about the picture and the word
 that a right answer contains, for the strict reward of a vision-language model.
 """
 
@@ -17,7 +17,8 @@ from ddrl_jax.errors import UserError
 
 FOLDER = Path(__file__).parent.parent / "assets" / "prompts"
 CHUNK = 256  # records of a data set read at once
-DOGS = slice(151, 269)  # the breeds among the ILSVRC2012 labels, Chihuahua first
+ANIMALS = slice(398)  # of the 1,000 ILSVRC2012 labels
+DOGS = slice(151, 269)  # the breeds among them, Chihuahua first
 NUMBERS = ("two", "three", "four", "five", "six", "seven", "eight")
 SAME_PLURAL = ("sheep", "deer", "fish")
 PLURALS = {"mouse": "mice", "goose": "geese", "wolf": "wolves"}
@@ -99,11 +100,16 @@ QUESTIONED: Mapping[str, Callable[[], tuple[QuestionedPrompt, ...]]] = {
     "counting": lambda: counting(_lines("very_simple_animals")),
 }
 SETS: Mapping[str, Callable[[], tuple[str, ...]]] = {
-    "imagenet_animals": lambda: _lines("imagenet_animals"),
-    "imagenet_dogs": lambda: _lines("imagenet_animals")[DOGS],
+    # two of the labels are "crane", the bird and the machine: 999 prompts
+    "imagenet_all": lambda: tuple(dict.fromkeys(_lines("imagenet"))),
+    "imagenet_animals": lambda: _lines("imagenet")[ANIMALS],
+    "imagenet_dogs": lambda: _lines("imagenet")[DOGS],
     "simple_animals": lambda: _lines("simple_animals"),
     "nouns_activities": lambda: _prompts_of("nouns_activities"),
     "counting": lambda: _prompts_of("counting"),
+    "vqa_v0": lambda: _asked_about("vqa_v0"),
+    "vqa_v1": lambda: _asked_about("vqa_v1"),
+    "vqa_v2": lambda: _asked_about("vqa_v2"),
 }
 
 
@@ -111,8 +117,9 @@ def prompt_set(name: str) -> tuple[str, ...]:
     """Returns the prompts of a named set, each once, in a fixed order.
 
     Args:
-      name: imagenet_animals (398 ILSVRC2012 labels), imagenet_dogs (118 of them),
-        simple_animals (45 nouns), nouns_activities (135), counting (154).
+      name: imagenet_all (the ILSVRC2012 labels, 999 different ones), imagenet_animals
+        (the first 398), imagenet_dogs (118 of those), simple_animals (45 nouns),
+        nouns_activities (135), counting (154), vqa_v0, vqa_v1, vqa_v2 (14, 15, 15).
 
     Raises:
       UserError: there is no such set.
@@ -210,6 +217,10 @@ def _lines(name: str) -> tuple[str, ...]:
 
 def _prompts_of(name: str) -> tuple[str, ...]:
     return tuple(p.prompt for p in QUESTIONED[name]())
+
+
+def _asked_about(name: str) -> tuple[str, ...]:
+    return read_question_prompts(str(FOLDER / f"{name}.jsonl"))
 
 
 def _prompt_of(path: str, index: int, line: str) -> str:

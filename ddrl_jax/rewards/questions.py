@@ -30,7 +30,7 @@ def read_questions(name_or_path: str) -> dict[str, tuple[Question, ...]]:
 
     Args:
       name_or_path: a path, or the name of a set that is shipped ("counting",
-        "nouns_activities").
+        "nouns_activities", "vqa_v0", "vqa_v1", "vqa_v2").
 
     Raises:
       UserError: the file is missing or empty, a line is malformed, or two lines give

@@ -16,6 +16,7 @@ from ddrl_jax.data.prompt_sets import (
 )
 from ddrl_jax.data.samples import write_samples
 from ddrl_jax.errors import UserError
+from ddrl_jax.rewards.questions import read_questions
 
 EMOJI = Path(prompt_sets.__file__).parent.parent / "assets" / "emoji" / "1.0.0"
 ANIMALS = (
@@ -29,11 +30,21 @@ PLURALS = (
     " raccoons foxes wolves ants fish squirrels turtles frogs chickens pigs"
 )
 SIZES = {
+    "imagenet_all": 999,  # of 1,000 labels, two of which are "crane"
     "imagenet_animals": 398,
     "imagenet_dogs": 118,
     "simple_animals": 45,
     "nouns_activities": 135,
     "counting": 154,
+    "vqa_v0": 14,
+    "vqa_v1": 15,
+    "vqa_v2": 15,
+}
+# of assets/vqa_v*.txt in DDPO's JAX repository, as they are published
+VQA_FILES = {
+    "vqa_v0": "906cb5530b906fc472c6b22f26d7e90b2cb9a308edb15a69746045f429624fb8",
+    "vqa_v1": "69140f3a607c3b255f514215d8a7edf15c7ea1d26ad4292e4650dc88d8e820bb",
+    "vqa_v2": "5703e155cafb5cee9376ba798958373e220e9c4fe68ff628e9c780f372748941",
 }
 
 
@@ -48,13 +59,20 @@ def test_every_set_has_a_test_of_its_size():
     assert set(prompt_sets.SETS) == set(SIZES)
 
 
+def digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
 def test_the_labels_are_those_of_ilsvrc2012():
+    # Of the published list of labels in the order of the synset numbers, whole and its
+    # first 398 lines, each ended by a line feed.
+    text = (prompt_sets.FOLDER / "imagenet.txt").read_text()
+    whole = "4eb3da435cf544e4a6f390f62c84cb9c9bb68cf8b14e97f8a063452382e5efd2"
+    animals = "8d356a5fcbea73e8a0cd6854ac02ada9c286c048a34cdcfadd6a1cbcad06224d"
     labels = prompt_set("imagenet_animals")
-    # Of the first 398 lines of the published list of labels in the order of the
-    # synset numbers, each ended by a line feed.
-    digest = hashlib.sha256("".join(f"{x}\n" for x in labels).encode()).hexdigest()
-    expected = "8d356a5fcbea73e8a0cd6854ac02ada9c286c048a34cdcfadd6a1cbcad06224d"
-    assert digest == expected
+    assert digest(text) == whole
+    assert digest("".join(f"{x}\n" for x in labels)) == animals
+    assert set(prompt_set("imagenet_all")) == set(text.splitlines())
     known = {
         0: "tench, Tinca tinca",
         1: "goldfish, Carassius auratus",
@@ -112,6 +130,21 @@ def test_questions_about_an_activity():
     )
     assert rows["a cat washing the dishes"][0] == ("Who is washing the dishes?", "cat")
     assert rows["a cat playing chess"][2] == ("What is the cat playing?", "chess")
+
+
+@pytest.mark.parametrize("name", VQA_FILES)
+def test_the_vqa_sets_are_those_of_ddpo(name):
+    """Written out in its layout, they are its files."""
+    blocks = []
+    for prompt, questions in read_questions(name).items():
+        lines = [f"PROMPT: {prompt}"]
+        for part, question in zip(("SUB", "VERB", "OBJ"), questions, strict=True):
+            (word,) = question.words
+            lines += [f"{part} Q: {question.text}", f"{part} A: {word}"]
+        blocks.append("\n".join(lines))
+    end = "\n" if name == "vqa_v0" else ""
+    assert digest("\n\n".join(blocks) + end) == VQA_FILES[name]
+    assert prompt_set(name) == tuple(read_questions(name))
 
 
 @pytest.mark.parametrize(

@@ -67,7 +67,9 @@ def edit(path, **changes):
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
+@pytest.mark.optimised
 def test_the_same_noise_gives_the_same_latents_and_picture(pair):
+    """Compiled as shipped: of what PyTorch is compared with, the whole walk once."""
     theirs, ours, _ = pair
     noise = np.random.default_rng(0).normal(size=(2, *ours.latent_shape))
     noise = noise.astype(np.float32)
