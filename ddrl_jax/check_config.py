@@ -64,7 +64,7 @@ def check_shapes(config: Any, device_count: int) -> None:
 def _check_names(config: Any) -> None:
     """The names of samplers, solvers, attention and rewards are those of the code."""
     used = [
-        ("sampler.kernel", config.sampler.kernel, KERNELS),
+        ("sampler.kernel", config.sampler.kernel, tuple(KERNELS)),
         ("evaluate.solver", config.evaluate.solver, (*METHODS, "ddim", "rollout")),
         ("model.attention", config.model.attention, ("auto", *IMPLEMENTATIONS)),
         *(("rewards.weights", name, tuple(REWARDS)) for name in config.rewards.weights),

@@ -207,14 +207,14 @@ def _check_trained_steps(config: Any) -> None:
 
 
 def _noise_settings(sampler: Any) -> str:
-    """The keys of the kernel that decide which steps have noise."""
+    """What decides which steps have noise, of the kernels of this package."""
     keys = {
         "flow_grpo": ("noise_level", "last_step"),
         "dance": ("eta", "last_step"),
         "cps": ("noise_level",),
         "ddim": ("eta",),
         "edm": ("churn",),
-    }[sampler.kernel]
+    }.get(sampler.kernel, ())
     return ", ".join(f"{k} {sampler[k]}" for k in ("kernel", "steps", *keys))
 
 
