@@ -7,13 +7,8 @@ import numpy as np
 
 from ddrl_jax.config_rules import plain, require
 from ddrl_jax.diffusion.kernels import make_kernel
+from ddrl_jax.models.pipelines import data_sources
 from ddrl_jax.terms import WEIGHTED
-
-# model -> the sources of data that it can be trained on
-SOURCES = {
-    "emoji": ("emoji", "samples"),
-    "stable_diffusion": ("folder", "tfds", "samples"),
-}
 
 
 def check_objective(config: Any) -> None:
@@ -228,7 +223,7 @@ def _ranges(indices: Sequence[int]) -> str:
 
 def _check_data_term(config: Any) -> None:
     term, rollouts = config.data_term, config.policy.weight > 0
-    fitting = " or ".join(f'"{name}"' for name in SOURCES.get(config.model.name, ()))
+    fitting = " or ".join(f'"{name}"' for name in data_sources(config.model.name))
     require(
         config.data.source != "none",
         "the data term has no data",

@@ -33,9 +33,7 @@ from ddrl_jax.learner import (
     make_selection,
     make_update,
 )
-from ddrl_jax.models.emoji import emoji_pipeline
-from ddrl_jax.models.stable_diffusion import stable_diffusion_pipeline
-from ddrl_jax.models.video_pipeline import video_dit_pipeline
+from ddrl_jax.models.pipelines import PIPELINES
 from ddrl_jax.optim import make_optimizer
 from ddrl_jax.rewards.registry import check_prompts
 from ddrl_jax.rollout import guided, make_score, rollout, step_times
@@ -50,11 +48,6 @@ from ddrl_jax.sharding import (
 from ddrl_jax.sources import make_source
 from ddrl_jax.weights import describe_weights
 
-PIPELINES = {
-    "emoji": emoji_pipeline,
-    "stable_diffusion": stable_diffusion_pipeline,
-    "video_dit": video_dit_pipeline,
-}
 TEXT_BYTES = 4_000_000_000  # of embeddings of prompts that every device may hold
 DATA_STREAM = (
     1_000_003  # folded into the seed, so data draws never repeat rollout noise
