@@ -19,6 +19,7 @@ from ddrl_jax.diffusion.solvers import METHODS
 from ddrl_jax.models.attention import IMPLEMENTATIONS
 from ddrl_jax.models.pipelines import PIPELINES, data_sources
 from ddrl_jax.rewards.registry import REWARDS
+from ddrl_jax.rewards.retrieval import SIZE
 
 
 def check_config(config: Any, device_count: int) -> None:
@@ -269,6 +270,11 @@ def notes(config: Any) -> list[str]:
         found.append(
             f"optimizer.warmup {warmup} is not over within {updates} updates: the rate "
             "stays below optimizer.lr"
+        )
+    if config.model.name == "emoji" and config.model.image_size != SIZE:
+        found.append(
+            f"diversity/* is not measured: its judge reads pictures of {SIZE} pixels, "
+            f"and model.image_size is {config.model.image_size}"
         )
     stored = data.source not in ("emoji", "none") and data.heldout == 0
     if stored and config.data_term.weight and config.evaluate.data_samples:

@@ -186,6 +186,8 @@ def test_nothing_to_export(tmp_path, monkeypatch):
 class Features:
     """Stands in for the judge, which reads pictures of 32 pixels only."""
 
+    size = 16
+
     @staticmethod
     def features(images):
         return images.reshape(len(images), -1)[:, :5]
