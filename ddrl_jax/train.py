@@ -11,13 +11,13 @@ import numpy as np
 from ddrl_jax.checkpoint import Checkpoints
 from ddrl_jax.collect import Collected, collect
 from ddrl_jax.config_rules import shared_settings
-from ddrl_jax.distributed import check_agreement, is_main
+from ddrl_jax.distributed import check_agreement, is_main, numbers_of_main
 from ddrl_jax.draws import each_chunk, sample_order
 from ddrl_jax.evaluate import Evaluation, Stopped
 from ddrl_jax.interfaces import Reward
 from ddrl_jax.learner import Minibatch, TrainState
 from ddrl_jax.metrics import ONLY_AT_END, Metrics, ProgressBar, Timer
-from ddrl_jax.metrics_file import continue_from
+from ddrl_jax.metrics_file import continue_from, written_steps
 from ddrl_jax.mfu import Utilization
 from ddrl_jax.models.attention import implementations
 from ddrl_jax.preemption import Preemption
@@ -76,6 +76,8 @@ def run(
     """The loop itself, from the newest checkpoint to the last epoch."""
     config = program.config
     begin = start(program, checkpoints)
+    if begin.line and begin.epoch in numbers_of_main(written_steps(home)):
+        begin = begin._replace(line=None)  # by an earlier start from this checkpoint
     epoch, state, tracker, line = begin
     if epoch >= config.train.epochs and line is None:
         if is_main():
