@@ -267,7 +267,8 @@ def _redrawn(
     order = sample_order(program.config, epoch, inner, len(batch.chunks) * size)
     in_place = np.array_equal(order, np.arange(len(order)))
     by_step = [(chunk.trajectory, chunk.old_log_prob) for chunk in batch.chunks]
-    each = [(chunk.advantages, chunk.x0) for chunk in batch.chunks]
+    # with the prompt rolled out: that of a stand-in is not the one drawn for its place
+    each = [(chunk.cond, chunk.advantages, chunk.x0) for chunk in batch.chunks]
     fresh = each_chunk(program, batch.prompts, epoch, inner, batch.samples)
     for number, new in enumerate(fresh):
         steps, rest = by_step[number], each[number]
@@ -275,9 +276,13 @@ def _redrawn(
             rows = order[number * size : (number + 1) * size]
             steps = take_rows(program.mesh, by_step, rows, axis=1)
             rest = take_rows(program.mesh, each, rows)
-        (trajectory, old), (advantages, x0) = steps, rest
+        (trajectory, old), (cond, advantages, x0) = steps, rest
         yield new._replace(
-            trajectory=trajectory, old_log_prob=old, advantages=advantages, x0=x0
+            cond=cond,
+            trajectory=trajectory,
+            old_log_prob=old,
+            advantages=advantages,
+            x0=x0,
         )
 
 
