@@ -136,6 +136,30 @@ def _check_policy(config: Any) -> None:
         wanted="one of them",
         way_out="set policy.train_on to () or policy.per_sample_steps to False",
     )
+    _check_rounding(config)
+
+
+def _check_rounding(config: Any) -> None:
+    """A rollout by rounded weights is not on policy.
+
+    Where the network computes in bfloat16, or all weights are kept in it, the bits may
+    agree: that is for the self-test to say.
+    """
+    policy = config.policy
+    kept = config.lora.rank == 0 and config.optimizer.master == "bfloat16"
+    rounded = config.rollout.dtype == "bfloat16" and config.model.dtype == "float32"
+    require(
+        not rounded
+        or kept
+        or policy.old_log_prob != "rollout"
+        or policy.ratio_tolerance > 0,
+        "the rollout's log-probs are those of rounded weights: the ratio is not 1 on "
+        "policy",
+        got=f'rollout.dtype "{config.rollout.dtype}", model.dtype '
+        f'"{config.model.dtype}", policy.old_log_prob "{policy.old_log_prob}"',
+        wanted='policy.old_log_prob "recompute" with a rounded copy of the weights',
+        way_out='set it so, or rollout.dtype to "float32"',
+    )
 
 
 def _check_weighted(config: Any) -> None:

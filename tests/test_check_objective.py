@@ -9,6 +9,7 @@ from ddrl_jax.diffusion import kernels
 GROUP_OF_ONE = {"prompts.group_size": 1, "prompts.per_epoch": 64}
 PRETRAIN = {"policy.weight": 0.0, "data_term.weight": 1.0}
 EDM = {"sampler.kernel": "edm", "policy.train_steps": 0}
+ROUNDED = {"rollout.dtype": "bfloat16"}
 # edits, words of the message, and an edit that puts it right
 COMBINATIONS = {
     # rewards and terms
@@ -42,6 +43,13 @@ COMBINATIONS = {
               "inner_epochs", {"train.inner_epochs": 1}),
     "drawn and named": ({"policy.train_on": (0,), "policy.per_sample_steps": True},
                         "per_sample_steps", {"policy.per_sample_steps": False}),
+    "rounded rollout": (ROUNDED, "rollout.dtype", {"policy.old_log_prob": "recompute"}),
+    "rounded rollout, lora": (
+        ROUNDED | {"lora.rank": 4, "optimizer.master": "bfloat16"}, "rollout.dtype",
+        {"model.dtype": "bfloat16"}),
+    "weights kept rounded": (ROUNDED, "rollout.dtype",
+                             {"optimizer.master": "bfloat16"}),
+    "tolerated": (ROUNDED, "rollout.dtype", {"policy.ratio_tolerance": 1e-3}),
     "data": ({"data_term.weight": 0.1, "data.source": "none",
               "prompts.source": "list", "prompts.list": ("a dog",)},
              "data.source", {"data_term.weight": 0.0}),
