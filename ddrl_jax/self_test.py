@@ -4,8 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ddrl_jax.data.prompts import draw_prompts
-from ddrl_jax.draws import draw_chunks
+from ddrl_jax.draws import each_chunk, prompts_of
 from ddrl_jax.errors import UserError
 from ddrl_jax.learner import TrainState, accumulate, policy_items, policy_loss
 from ddrl_jax.program import Program
@@ -24,14 +23,8 @@ def ratio_deviations(program: Program, state: TrainState) -> dict[str, np.ndarra
       are trained on, "replay" (without gradients): the largest of each noisy step [n].
     """
     config, kernel = program.config, program.kernel
-    prompts = draw_prompts(
-        program.prompts,
-        config.seed,
-        0,
-        config.prompts.per_epoch,
-        config.prompts.group_size,
-    )
-    chunk = draw_chunks(program, prompts, 0, 0)[0]
+    # One chunk's data are fetched, not an epoch's.
+    chunk = next(each_chunk(program, prompts_of(program, 0), 0, 0))
     steps = np.flatnonzero(kernel.stochastic).astype(np.int32)
     trained = np.repeat(steps[:, None], program.chunk, 1)
     sampled = program.rollout(

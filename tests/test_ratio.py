@@ -154,6 +154,25 @@ def test_self_test_passes_at_tolerance_0(small):
     check_ratio(*small)
 
 
+def test_self_test_fetches_the_data_of_the_one_chunk_it_uses():
+    asked = []
+
+    def fetch(records):
+        asked.append(len(records))
+        return records
+
+    def reached(*_):
+        raise ConnectionAbortedError("the chunk is drawn")
+
+    source = flat_source()._replace(fetch=fetch)
+    program = tiny_program({"data_term.weight": 0.5}, source)
+    assert program.config.prompts.per_epoch * program.config.prompts.group_size == 8
+    state = program.new_state()
+    with pytest.raises(ConnectionAbortedError):
+        ratio_deviations(program._replace(rollout=reached), state)
+    assert asked == [4]
+
+
 def test_self_test_refuses_a_replay_with_other_weights(small):
     program, state = small
     moved = perturbed(state.params, 0.01, seed=9)
