@@ -161,13 +161,15 @@ def get_config(variant: str = "") -> ConfigDict:
     c.policy.reduction = "mean"  # over the latent axes: "mean" | "sum"
     c.policy.transform = "linear"  # "linear" | "neg_exp" | "neg_exp_centered"
     c.policy.beta = 1.0  # advantages are divided by it (DDRL's temperature)
-    c.policy.old_log_prob = "rollout"  # "rollout" | "recompute" (policy/rollout_gap is
-    # their largest distance) | "exact" (each sample is used once)
+    c.policy.old_log_prob = "rollout"  # "rollout" | "recompute" | "exact" (each sample
+    # is used once). policy/rollout_gap is the largest distance of the last two to the
+    # rollout's, of "exact" in an epoch's first minibatch
     c.policy.kl_weight = 0.0  # step KL to the starting policy
     c.policy.train_on = ()  # step indices trained; () means draw train_steps of them
     c.policy.train_steps = 3  # steps drawn each epoch when train_on is (); 0: all noisy
     c.policy.per_sample_steps = False  # draw them for each sample on its own (DDPO)
-    c.policy.ratio_tolerance = 0.0  # largest |ratio - 1| before an epoch's first update
+    c.policy.ratio_tolerance = 0.0  # largest |ratio - 1| before an epoch's first
+    # update: above it the run does not begin, or stops after that epoch's updates
 
     c.data_term = ConfigDict()
     c.data_term.weight = 0.0  # 0: no data loss

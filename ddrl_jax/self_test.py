@@ -1,4 +1,7 @@
-"""The start-up self-test: on policy the ratio is 1, or the run does not begin."""
+"""On policy the ratio is 1, or the run does not begin, or ends after that update."""
+
+from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -87,3 +90,30 @@ def check_ratio(program: Program, state: TrainState) -> None:
             way_out="config.policy.old_log_prob='recompute' or 'exact', or a larger "
             "tolerance, well below config.policy.clip_range",
         )
+
+
+def check_update(config: Any, values: Mapping[str, float], epoch: int) -> None:
+    """Stops the run where the ratio was not 1 in the first update of an epoch.
+
+    NaN is no deviation here: such an update was skipped, and too many stop the run.
+
+    Args:
+      config: the whole configuration.
+      values: metrics of the epoch's updates.
+      epoch: from 1.
+
+    Raises:
+      UserError: names the epoch, the deviation and the tolerance.
+    """
+    tolerance = config.policy.ratio_tolerance
+    deviation = values.get("policy/ratio_max_deviation", 0.0)
+    if not deviation > tolerance:
+        return
+    raise UserError(
+        f"epoch {epoch}: the policy ratio was not 1 in the first update",
+        got=f"|ratio - 1| = {deviation:.3g}",
+        wanted=f"at most {tolerance:g} (config.policy.ratio_tolerance)",
+        way_out="the same command with a larger tolerance, well below "
+        "config.policy.clip_range, goes on from the last checkpoint; "
+        "config.policy.old_log_prob='recompute' needs another --workdir",
+    )

@@ -27,10 +27,10 @@ from ddrl_jax.report import write_report
 from ddrl_jax.resume import samples_per_epoch, save, start
 from ddrl_jax.rewards.pool import RewardPool
 from ddrl_jax.rewards.registry import check_rewards, make_rewards
-from ddrl_jax.self_test import check_ratio
+from ddrl_jax.self_test import check_ratio, check_update
 from ddrl_jax.sharding import take_rows
 from ddrl_jax.skipped import leaf_names, report_skipped
-from ddrl_jax.terms import WEIGHTED
+from ddrl_jax.terms import MAXIMA, WEIGHTED
 from ddrl_jax.workdir import Workdir, open_workdir
 
 
@@ -184,7 +184,11 @@ def check_epoch(
 def update_epoch(
     program: Program, state: TrainState, batch: Collected, epoch: int
 ) -> tuple[TrainState, dict[str, float | int]]:
-    """All optimizer steps of an epoch; one transfer of their metrics at its end."""
+    """All optimizer steps of an epoch; one transfer of their metrics at its end.
+
+    Raises:
+      UserError: too many were skipped, or the first one was not on policy.
+    """
     config = program.config
     if config.optimizer.fresh:
         state = program.refresh(state)
@@ -201,7 +205,11 @@ def update_epoch(
             del part  # before the next one is drawn
     history = jax.device_get(history)
     report_skipped(history, leaf_names(state.params), config.train.nan_limit, epoch + 1)
-    return state, _summary(history)
+    values = _summary(history)
+    # The stand-in of a sample that is NaN may be computed elsewhere in its batch.
+    if "reward/not_finite" not in batch.metrics:
+        check_update(config, values, epoch + 1)
+    return state, values
 
 
 def finish(
@@ -287,10 +295,10 @@ def _redrawn(
 
 
 def _summary(history: list[dict]) -> dict[str, float | int]:
-    """Means over the epoch's updates; the ratio deviation is that of the first, the
-    count of skipped updates in a row that of the last."""
+    """Means over the epoch's updates; what tells whether the first one was on policy
+    is that of the first, the count of skipped updates in a row that of the last."""
     names = [name for name in history[0] if name != "bad_leaf"]
     values = {k: float(np.mean([m[k] for m in history])) for k in names}
     values["bad_updates"] = float(history[-1]["bad_updates"])
-    key = "policy/ratio_max_deviation"
-    return values | ({key: float(history[0][key])} if key in values else {})
+    first = {f"policy/{name}" for name in MAXIMA} & values.keys()
+    return values | {key: float(history[0][key]) for key in sorted(first)}

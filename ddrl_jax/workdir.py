@@ -30,6 +30,7 @@ _FREE = (
     "rewards.vlm.backoff",
     "rewards.vlm.threads",
     "evaluate.pictures",
+    "policy.ratio_tolerance",
     "train.microbatch",
 )
 _ABSENT = "(no such key)"
