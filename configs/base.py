@@ -207,7 +207,7 @@ def get_config(variant: str = "") -> ConfigDict:
     c.optimizer.ema_decay = 0.9  # 0: no average, evaluation uses the weights themselves
 
     c.evaluate = ConfigDict()
-    c.evaluate.every = 5  # epochs; 0: only at the end
+    c.evaluate.every = 5  # epochs; 0: only before the first and at the end
     c.evaluate.samples = 64  # one a prompt, prompts repeated in order
     c.evaluate.steps = 10  # deterministic ODE steps
     c.evaluate.solver = "euler"  # "euler" | "heun" (flow ODE), "ddim"
@@ -219,7 +219,8 @@ def get_config(variant: str = "") -> ConfigDict:
     c.evaluate.pictures = 16  # of them in the grid
 
     c.checkpoint = ConfigDict()
-    c.checkpoint.every = 1  # epochs: what a kill without notice can cost
+    c.checkpoint.every = 1  # epochs; a kill without notice costs those since the last
+    # save, or while that is still being written in the background since the one before
     c.checkpoint.keep = 2
     c.checkpoint.resume = "latest"  # "latest" | "last_good" (skip a damaged one)
 
