@@ -72,11 +72,12 @@ def main() -> None:
 
 def write_table(path: Path, options, program: Program, rows: list[str]) -> None:
     """Writes what was measured, with the command, versions, machine and date."""
+    guidance = " ".join(f"{scale:g}" for scale in options.guidance)
     head = [
         "# The base policy, judged",
         "",
         f"`python -m benchmarks.base_policy --samples {options.samples} "
-        f"--steps {options.steps}`, {datetime.date.today()}, "
+        f"--steps {options.steps} --guidance {guidance}`, {datetime.date.today()}, "
         f"{jax.devices()[0].device_kind} ({platform.machine()}), jax "
         f"{jax.__version__}, weights {program.pipeline.fingerprint}.",
         "",

@@ -161,13 +161,15 @@ def get_config(variant: str = "") -> ConfigDict:
     c.policy.reduction = "mean"  # over the latent axes: "mean" | "sum"
     c.policy.transform = "linear"  # "linear" | "neg_exp" | "neg_exp_centered"
     c.policy.beta = 1.0  # advantages are divided by it (DDRL's temperature)
-    c.policy.old_log_prob = "rollout"  # "rollout" | "recompute" (policy/rollout_gap is
-    # their largest distance) | "exact" (each sample is used once)
+    c.policy.old_log_prob = "rollout"  # "rollout" | "recompute" | "exact" (each sample
+    # is used once). policy/rollout_gap is the largest distance of the last two to the
+    # rollout's, of "exact" in an epoch's first minibatch
     c.policy.kl_weight = 0.0  # step KL to the starting policy
     c.policy.train_on = ()  # step indices trained; () means draw train_steps of them
     c.policy.train_steps = 3  # steps drawn each epoch when train_on is (); 0: all noisy
     c.policy.per_sample_steps = False  # draw them for each sample on its own (DDPO)
-    c.policy.ratio_tolerance = 0.0  # largest |ratio - 1| before an epoch's first update
+    c.policy.ratio_tolerance = 0.0  # largest |ratio - 1| before an epoch's first
+    # update: above it the run does not begin, or stops after that epoch's updates
 
     c.data_term = ConfigDict()
     c.data_term.weight = 0.0  # 0: no data loss
@@ -205,7 +207,7 @@ def get_config(variant: str = "") -> ConfigDict:
     c.optimizer.ema_decay = 0.9  # 0: no average, evaluation uses the weights themselves
 
     c.evaluate = ConfigDict()
-    c.evaluate.every = 5  # epochs; 0: only at the end
+    c.evaluate.every = 5  # epochs; 0: only before the first and at the end
     c.evaluate.samples = 64  # one a prompt, prompts repeated in order
     c.evaluate.steps = 10  # deterministic ODE steps
     c.evaluate.solver = "euler"  # "euler" | "heun" (flow ODE), "ddim"
@@ -217,7 +219,8 @@ def get_config(variant: str = "") -> ConfigDict:
     c.evaluate.pictures = 16  # of them in the grid
 
     c.checkpoint = ConfigDict()
-    c.checkpoint.every = 1  # epochs: what a kill without notice can cost
+    c.checkpoint.every = 1  # epochs; a kill without notice costs those since the last
+    # save, or while that is still being written in the background since the one before
     c.checkpoint.keep = 2
     c.checkpoint.resume = "latest"  # "latest" | "last_good" (skip a damaged one)
 

@@ -13,7 +13,7 @@ the same for all, and with the same seed the control sees the emoji of the ddrl 
 the same order.
 
 Numbers and hours are in benchmarks/results/reward_hacking.md. The data weights were
-chosen after trials with seed 0: at 0.03 and above the size hardly falls.
+chosen after trials with seed 0.
 "ARM-smoke" is an arm in seconds. Without a variant the arm is ddrl_low.
 """
 

@@ -11,13 +11,15 @@ from pathlib import Path
 from typing import Any
 
 from ddrl_jax.check_network import check_network
-from ddrl_jax.check_objective import SOURCES, check_objective
+from ddrl_jax.check_objective import check_objective
 from ddrl_jax.config_rules import check_keys, near, require
 from ddrl_jax.data.prompts import prompt_list
 from ddrl_jax.diffusion.kernels import KERNELS
 from ddrl_jax.diffusion.solvers import METHODS
 from ddrl_jax.models.attention import IMPLEMENTATIONS
+from ddrl_jax.models.pipelines import PIPELINES, data_sources
 from ddrl_jax.rewards.registry import REWARDS
+from ddrl_jax.rewards.retrieval import SIZE
 
 
 def check_config(config: Any, device_count: int) -> None:
@@ -62,9 +64,10 @@ def check_shapes(config: Any, device_count: int) -> None:
 
 
 def _check_names(config: Any) -> None:
-    """The names of samplers, solvers, attention and rewards are those of the code."""
+    """The names of models, samplers, solvers and rewards are those of the code."""
     used = [
-        ("sampler.kernel", config.sampler.kernel, KERNELS),
+        ("model.name", config.model.name, tuple(PIPELINES)),
+        ("sampler.kernel", config.sampler.kernel, tuple(KERNELS)),
         ("evaluate.solver", config.evaluate.solver, (*METHODS, "ddim", "rollout")),
         ("model.attention", config.model.attention, ("auto", *IMPLEMENTATIONS)),
         *(("rewards.weights", name, tuple(REWARDS)) for name in config.rewards.weights),
@@ -101,7 +104,7 @@ def _check_data(config: Any) -> None:
         wanted="min_scale <= max_scale",
         way_out="swap them",
     )
-    fitting = SOURCES.get(config.model.name, ())
+    fitting = data_sources(config.model.name)
     require(
         data.source in (*fitting, "none"),
         f"{config.model.name} can not be trained on this data",
@@ -267,6 +270,11 @@ def notes(config: Any) -> list[str]:
         found.append(
             f"optimizer.warmup {warmup} is not over within {updates} updates: the rate "
             "stays below optimizer.lr"
+        )
+    if config.model.name == "emoji" and config.model.image_size != SIZE:
+        found.append(
+            f"diversity/* is not measured: its judge reads pictures of {SIZE} pixels, "
+            f"and model.image_size is {config.model.image_size}"
         )
     stored = data.source not in ("emoji", "none") and data.heldout == 0
     if stored and config.data_term.weight and config.evaluate.data_samples:

@@ -27,7 +27,7 @@ def check_network(config: Any) -> None:
         _check_emoji(model, lora)
     elif model.name == "video_dit":
         check_video(model)
-    else:
+    elif model.name == "stable_diffusion":
         require(
             model.init != "random",
             "Stable Diffusion has no random start here",

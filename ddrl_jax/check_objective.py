@@ -7,13 +7,8 @@ import numpy as np
 
 from ddrl_jax.config_rules import plain, require
 from ddrl_jax.diffusion.kernels import make_kernel
+from ddrl_jax.models.pipelines import data_sources
 from ddrl_jax.terms import WEIGHTED
-
-# model -> the sources of data that it can be trained on
-SOURCES = {
-    "emoji": ("emoji", "samples"),
-    "stable_diffusion": ("folder", "tfds", "samples"),
-}
 
 
 def check_objective(config: Any) -> None:
@@ -141,6 +136,30 @@ def _check_policy(config: Any) -> None:
         wanted="one of them",
         way_out="set policy.train_on to () or policy.per_sample_steps to False",
     )
+    _check_rounding(config)
+
+
+def _check_rounding(config: Any) -> None:
+    """A rollout by rounded weights is not on policy.
+
+    Where the network computes in bfloat16, or all weights are kept in it, the bits may
+    agree: that is for the self-test to say.
+    """
+    policy = config.policy
+    kept = config.lora.rank == 0 and config.optimizer.master == "bfloat16"
+    rounded = config.rollout.dtype == "bfloat16" and config.model.dtype == "float32"
+    require(
+        not rounded
+        or kept
+        or policy.old_log_prob != "rollout"
+        or policy.ratio_tolerance > 0,
+        "the rollout's log-probs are those of rounded weights: the ratio is not 1 on "
+        "policy",
+        got=f'rollout.dtype "{config.rollout.dtype}", model.dtype '
+        f'"{config.model.dtype}", policy.old_log_prob "{policy.old_log_prob}"',
+        wanted='policy.old_log_prob "recompute" with a rounded copy of the weights',
+        way_out='set it so, or rollout.dtype to "float32"',
+    )
 
 
 def _check_weighted(config: Any) -> None:
@@ -207,14 +226,14 @@ def _check_trained_steps(config: Any) -> None:
 
 
 def _noise_settings(sampler: Any) -> str:
-    """The keys of the kernel that decide which steps have noise."""
+    """What decides which steps have noise, of the kernels of this package."""
     keys = {
         "flow_grpo": ("noise_level", "last_step"),
         "dance": ("eta", "last_step"),
         "cps": ("noise_level",),
         "ddim": ("eta",),
         "edm": ("churn",),
-    }[sampler.kernel]
+    }.get(sampler.kernel, ())
     return ", ".join(f"{k} {sampler[k]}" for k in ("kernel", "steps", *keys))
 
 
@@ -228,7 +247,7 @@ def _ranges(indices: Sequence[int]) -> str:
 
 def _check_data_term(config: Any) -> None:
     term, rollouts = config.data_term, config.policy.weight > 0
-    fitting = " or ".join(f'"{name}"' for name in SOURCES.get(config.model.name, ()))
+    fitting = " or ".join(f'"{name}"' for name in data_sources(config.model.name))
     require(
         config.data.source != "none",
         "the data term has no data",

@@ -10,6 +10,7 @@ import os
 import re
 import shutil
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -126,13 +127,19 @@ class Checkpoints:
         self._known.add(self._pending)
         self._pending, self._held = None, []
 
-    def restore(self, abstract_state: Params, which: str = "latest") -> Restored | None:
+    def restore(
+        self,
+        abstract_state: Params,
+        which: str = "latest",
+        check: Callable[[dict[str, Any]], None] = lambda cursor: None,
+    ) -> Restored | None:
         """Reads a checkpoint back, onto the shardings of `abstract_state`.
 
         Args:
           abstract_state: the tree of `abstract`.
           which: "latest", or "last_good": skip damaged ones, say which, and move them
             to ROOT/damaged so that the run can write these epochs again.
+          check: is given the cursor before any array is looked at, and may refuse it.
 
         Returns:
           (epoch, state, cursor), or None where there is no checkpoint.
@@ -151,7 +158,7 @@ class Checkpoints:
         self.skipped = []
         for epoch in reversed(epochs):
             try:
-                restored = self._read_everywhere(epoch, abstract_state)
+                restored = self._read_everywhere(epoch, abstract_state, check)
             except _Damaged as reason:
                 if which == "latest":
                     raise self._damaged(epoch, reason, epochs) from None
@@ -202,10 +209,11 @@ class Checkpoints:
             self._manager = ocp.CheckpointManager(self.root, options=options)
         return self._manager
 
-    def _read(self, epoch: int, abstract_state: Params) -> tuple[dict, Params]:
+    def _read(self, epoch: int, abstract_state: Params, check) -> tuple[dict, Params]:
         """The record and the state, with bytes that nobody has looked at yet."""
         path = self.root / str(epoch)
         record = _read_record(path, epoch)
+        check(record["cursor"])
         different = fingerprint.first_difference(record, abstract_state)
         if different is not None:
             raise _foreign(path, *different)
@@ -216,11 +224,11 @@ class Checkpoints:
             raise _Damaged(f"{changed[0]} came back as {changed[2]}")
         return record, state
 
-    def _read_everywhere(self, epoch: int, abstract_state: Params) -> Restored:
+    def _read_everywhere(self, epoch: int, abstract_state: Params, check) -> Restored:
         """What was read; all processes find the checkpoint damaged, or none."""
         reason, record, state = "", {}, None
         try:
-            record, state = self._read(epoch, abstract_state)
+            record, state = self._read(epoch, abstract_state, check)
         except _Damaged as damage:
             reason = str(damage)
         for process, why in enumerate(every_text(reason)):

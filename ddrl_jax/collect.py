@@ -157,7 +157,8 @@ def _without_nan(
 def _rollout_gap(policy, chunks: list[Minibatch]) -> dict[str, float]:
     """Where the old log-probs are recomputed, their largest distance to the rollout's.
 
-    The ratio is 1 whatever that is, so nothing else would tell of it.
+    The ratio is 1 whatever that is, so nothing else would tell of it. Where they are
+    "exact", the update measures it.
     """
     if policy.old_log_prob != "recompute" or policy.term in WEIGHTED:
         return {}

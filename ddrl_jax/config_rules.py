@@ -1,8 +1,8 @@
 """What every key of a configuration may hold: one row a key.
 
 The rows are exactly the keys of configs/base.py, which a test compares. Names that are
-keys of a table in the code (rewards, samplers) and what several keys must satisfy
-together are checked in check_config.
+keys of a table in the code (models, rewards, samplers) and what several keys must
+satisfy together are checked in check_config.
 """
 
 import difflib
@@ -121,7 +121,7 @@ RULES: dict[str, Rule] = {
     "name": text(empty=False),
     # jax.random.key takes 32 bits
     "seed": integer(0, 2**32 - 1),
-    "model.name": choice("emoji", "stable_diffusion", "video_dit"),
+    "model.name": text(empty=False),
     "model.revision": text(empty=False),
     "model.variant": text(),
     "model.vae_dtype": choice("float32", "bfloat16"),

@@ -59,7 +59,7 @@ class Evaluation:
         self.index = np.arange(self.count, dtype=np.int32) % len(program.prompts)
         self.text = tuple(program.prompts[i] for i in self.index)
         self.judges = judges
-        self.features = load_judge().features if _is_emoji(config) else None
+        self.features = _features(config)
         self._sample = make_sampler(program, config.evaluate, config.evaluate.solver)
         source = program.source
         self._loss = _make_data_loss(program, source) if source else None
@@ -318,5 +318,9 @@ def _columns(count: int) -> int:
     return min(count, 8)
 
 
-def _is_emoji(config: Any) -> bool:
-    return config.model.name == "emoji"
+def _features(config: Any) -> Callable[[np.ndarray], np.ndarray] | None:
+    """What the diversity is measured by; None where no judge reads such pictures."""
+    if config.model.name != "emoji":
+        return None
+    judge = load_judge()
+    return judge.features if config.model.image_size == judge.size else None

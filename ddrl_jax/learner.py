@@ -29,6 +29,7 @@ from ddrl_jax.objectives.data import (
 from ddrl_jax.objectives.policy import reward_transform
 from ddrl_jax.optim import add_updates
 from ddrl_jax.terms import (
+    MAXIMA,
     WEIGHTED,
     Items,
     Minibatch,
@@ -94,7 +95,7 @@ def accumulate(loss, params: Params, items: Items, grads: Params):
     """Adds the mean gradient over `items` to `grads`.
 
     Returns:
-      The gradients and the mean of each metric (the maximum of those named *_max_*).
+      The gradients and the mean of each metric, of those of MAXIMA the largest.
     """
     count = items.index.size
 
@@ -105,7 +106,7 @@ def accumulate(loss, params: Params, items: Items, grads: Params):
         return jax.tree.map(add, total, grad), metrics
 
     grads, metrics = jax.lax.scan(body, grads, items.index)
-    reduce = {k: jnp.max if "_max_" in k else jnp.mean for k in metrics}
+    reduce = {k: jnp.max if k in MAXIMA else jnp.mean for k in metrics}
     return grads, {k: reduce[k](v) for k, v in metrics.items()}
 
 

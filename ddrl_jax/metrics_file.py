@@ -11,6 +11,18 @@ from ddrl_jax.metrics import ONLY_AT_END
 from ddrl_jax.workdir import Workdir, replace_file
 
 
+def written_steps(home: Workdir) -> list[int]:
+    """Returns the epochs of which metrics.jsonl has a whole line.
+
+    Args:
+      home: the folder of the run.
+    """
+    if not home.metrics.exists():
+        return []
+    steps = map(_step_of, home.metrics.read_bytes().splitlines(keepends=True))
+    return [int(step) for step in steps if step != float("inf")]
+
+
 def continue_from(home: Workdir, step: int) -> int:
     """Moves the metrics after a restored epoch out of metrics.jsonl.
 

@@ -11,7 +11,12 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jax.tree_util import Partial
 
-from ddrl_jax.data.prompts import prompt_list, records_by_prompt, require_records
+from ddrl_jax.data.prompts import (
+    prompt_list,
+    records_by_prompt,
+    require_pictures,
+    require_records,
+)
 from ddrl_jax.diffusion.kernels import make_kernel
 from ddrl_jax.distributed import main_first, meet
 from ddrl_jax.errors import UserError
@@ -33,9 +38,7 @@ from ddrl_jax.learner import (
     make_selection,
     make_update,
 )
-from ddrl_jax.models.emoji import emoji_pipeline
-from ddrl_jax.models.stable_diffusion import stable_diffusion_pipeline
-from ddrl_jax.models.video_pipeline import video_dit_pipeline
+from ddrl_jax.models.pipelines import PIPELINES
 from ddrl_jax.optim import make_optimizer
 from ddrl_jax.rewards.registry import check_prompts
 from ddrl_jax.rollout import guided, make_score, rollout, step_times
@@ -50,11 +53,6 @@ from ddrl_jax.sharding import (
 from ddrl_jax.sources import make_source
 from ddrl_jax.weights import describe_weights
 
-PIPELINES = {
-    "emoji": emoji_pipeline,
-    "stable_diffusion": stable_diffusion_pipeline,
-    "video_dit": video_dit_pipeline,
-}
 TEXT_BYTES = 4_000_000_000  # of embeddings of prompts that every device may hold
 DATA_STREAM = (
     1_000_003  # folded into the seed, so data draws never repeat rollout noise
@@ -116,10 +114,8 @@ def build(config, judges: Mapping[str, Reward] | None = None) -> Program:
     captions = source.captions if source else ()
     prompts = prompt_list(config.prompts, captions, config.seed)
     _check_judges(config, judges or {}, prompts)
-    needs_data = config.data_term.weight > 0
-    paired = needs_data and config.data_term.captions == "prompt"
-    records = records_by_prompt(prompts, captions) if paired else ()
-    trained_on = source if needs_data else None
+    records = _records_of(config, source, prompts)
+    trained_on = source if config.data_term.weight > 0 else None
     objective = make_objective(config, pipeline, kernel, trained_on, mesh)
     tx = make_optimizer(config.optimizer, total_updates(config))
     # Before the weights: a prompt that can not be read is an error without a wait.
@@ -167,6 +163,20 @@ def _check_judges(
     trained = config.rewards.weights if config.policy.weight else ()
     check_prompts({n: judges[n] for n in trained if n in judges}, prompts)
     check_prompts(judges, prompts[: config.evaluate.samples])
+
+
+def _records_of(config, source, prompts: tuple[str, ...]) -> tuple[np.ndarray, ...]:
+    """The records of each prompt, where the data term is that of the prompts.
+
+    Without a data term none are kept, but the evaluations have to find some.
+    """
+    if source is None or config.data_term.captions == "own":
+        return ()
+    if config.data_term.weight > 0:
+        return records_by_prompt(prompts, source.captions)
+    if config.evaluate.data_samples:
+        require_pictures(prompts, source.captions)
+    return ()
 
 
 def _make_decode(pipeline: Pipeline, mesh: Mesh) -> Callable:

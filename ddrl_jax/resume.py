@@ -1,7 +1,9 @@
 """Where a run begins: the newest checkpoint of its workdir, or the first epoch."""
 
+import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -44,7 +46,9 @@ def start(program: Program, checkpoints: Checkpoints) -> Start:
         replicated(program.mesh),
     )
     like = {"train": program.abstract_state(), "tracker": abstract(tracker)}
-    found = checkpoints.restore(like, config.checkpoint.resume)
+    # A mode that only reads may look at other prompts.
+    check = () if checkpoints.read_only else (partial(_check_prompts, program.prompts),)
+    found = checkpoints.restore(like, config.checkpoint.resume, *check)
     if found is None:
         return Start(0, program.new_state(), tracker)
     _check_weights(program, found.cursor)
@@ -66,6 +70,7 @@ def save(
         "epoch": epoch,
         "samples_seen": epoch * samples_per_epoch(program.config),
         "weights": program.pipeline.fingerprint,
+        "prompts": describe_prompts(program.prompts),
     }
     if line is not None:  # as a text: NaN is none of JSON's values
         cursor["line"] = json.dumps({k: np.asarray(v).item() for k, v in line.items()})
@@ -76,6 +81,26 @@ def save(
 def samples_per_epoch(config: Any) -> int:
     """Samples an epoch draws (rollouts, or data where there is no policy term)."""
     return config.prompts.per_epoch * config.prompts.group_size
+
+
+def describe_prompts(prompts: Sequence[str]) -> dict[str, Any]:
+    """How many prompts there are, and a digest of their texts in order."""
+    whole = hashlib.sha256(json.dumps(list(prompts)).encode())
+    return {"count": len(prompts), "digest": whole.hexdigest()[:16]}
+
+
+def _check_prompts(prompts: Sequence[str], cursor: dict[str, Any]) -> None:
+    """The trackers' rows and the order of the draws are those of the run's prompts."""
+    now = describe_prompts(prompts)
+    saved = cursor.get("prompts", now)  # older checkpoints do not say
+    if saved != now:
+        raise UserError(
+            "the prompts of the run have changed since its checkpoint",
+            got=f"{now['count']} prompts, digest {now['digest']}",
+            wanted=f"{saved['count']} prompts, digest {saved['digest']}",
+            way_out="restore the file or the data that they come from, or choose "
+            "another --workdir",
+        )
 
 
 def _check_weights(program: Program, cursor: dict) -> None:

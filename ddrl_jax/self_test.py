@@ -1,11 +1,13 @@
-"""The start-up self-test: on policy the ratio is 1, or the run does not begin."""
+"""On policy the ratio is 1, or the run does not begin, or ends after that update."""
+
+from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ddrl_jax.data.prompts import draw_prompts
-from ddrl_jax.draws import draw_chunks
+from ddrl_jax.draws import each_chunk, prompts_of
 from ddrl_jax.errors import UserError
 from ddrl_jax.learner import TrainState, accumulate, policy_items, policy_loss
 from ddrl_jax.program import Program
@@ -24,14 +26,8 @@ def ratio_deviations(program: Program, state: TrainState) -> dict[str, np.ndarra
       are trained on, "replay" (without gradients): the largest of each noisy step [n].
     """
     config, kernel = program.config, program.kernel
-    prompts = draw_prompts(
-        program.prompts,
-        config.seed,
-        0,
-        config.prompts.per_epoch,
-        config.prompts.group_size,
-    )
-    chunk = draw_chunks(program, prompts, 0, 0)[0]
+    # One chunk's data are fetched, not an epoch's.
+    chunk = next(each_chunk(program, prompts_of(program, 0), 0, 0))
     steps = np.flatnonzero(kernel.stochastic).astype(np.int32)
     trained = np.repeat(steps[:, None], program.chunk, 1)
     sampled = program.rollout(
@@ -94,3 +90,30 @@ def check_ratio(program: Program, state: TrainState) -> None:
             way_out="config.policy.old_log_prob='recompute' or 'exact', or a larger "
             "tolerance, well below config.policy.clip_range",
         )
+
+
+def check_update(config: Any, values: Mapping[str, float], epoch: int) -> None:
+    """Stops the run where the ratio was not 1 in the first update of an epoch.
+
+    NaN is no deviation here: such an update was skipped, and too many stop the run.
+
+    Args:
+      config: the whole configuration.
+      values: metrics of the epoch's updates.
+      epoch: from 1.
+
+    Raises:
+      UserError: names the epoch, the deviation and the tolerance.
+    """
+    tolerance = config.policy.ratio_tolerance
+    deviation = values.get("policy/ratio_max_deviation", 0.0)
+    if not deviation > tolerance:
+        return
+    raise UserError(
+        f"epoch {epoch}: the policy ratio was not 1 in the first update",
+        got=f"|ratio - 1| = {deviation:.3g}",
+        wanted=f"at most {tolerance:g} (config.policy.ratio_tolerance)",
+        way_out="the same command with a larger tolerance, well below "
+        "config.policy.clip_range, goes on from the last checkpoint; "
+        "config.policy.old_log_prob='recompute' needs another --workdir",
+    )

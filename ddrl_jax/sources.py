@@ -37,7 +37,7 @@ def make_source(config: Any, pipeline: Pipeline) -> DataSource | None:
     if config.model.name == "stable_diffusion":
         return _streamed(latent_source(_cached(config, pipeline)))
     if data.source == "samples":
-        return sample_source(data.path)
+        return sample_source(data.path, pipeline.latent_shape)
     return emoji_source(
         config.model.image_size, data.min_scale, data.max_scale, data.rotation
     )

@@ -23,6 +23,7 @@ from ddrl_jax.rollout import Policy, Score, initial_noise, replay_step
 Apply = Callable[[Params, Params, Array, Array, Cond], Array]
 
 WEIGHTED = ("rwr", "sparse_rwr")  # policy terms that fit samples, without log-probs
+MAXIMA = ("ratio_max_deviation", "rollout_gap")  # metrics that are no means
 FIT_STREAM = 11  # folded into the data key: draws of the fit to own samples
 TRAIN_STEPS = 1000.0  # timesteps of Stable Diffusion's schedule
 
@@ -76,8 +77,11 @@ def policy_loss(
     weights = objective.policy
     step = policy_step(objective, params, frozen, transition, cond)
     log_prob = objective.score(step, transition.x_s)
-    # "exact": each sample is used once, so the old policy is this one by definition.
+    gap = {}
+    # "exact": each sample is used once, so the old policy is this one by definition,
+    # and the ratio 1 however far the rollout's log-probs are.
     if weights.old_log_prob == "exact":
+        gap = {"rollout_gap": jnp.max(jnp.abs(log_prob - old))}
         old = jax.lax.stop_gradient(log_prob)
     loss, metrics = clipped_surrogate(log_prob, old, advantages, weights.clip_range)
     if weights.term == "reinforce":
@@ -89,7 +93,7 @@ def policy_loss(
         kl = jnp.mean(step_kl(step.mean, jax.lax.stop_gradient(other.mean), step.std))
         total = total + weights.kl_weight * kl
         metrics = metrics | {"kl": kl}
-    return total, metrics | {"loss": loss}
+    return total, metrics | gap | {"loss": loss}
 
 
 def fit_loss(

@@ -11,13 +11,13 @@ import numpy as np
 from ddrl_jax.checkpoint import Checkpoints
 from ddrl_jax.collect import Collected, collect
 from ddrl_jax.config_rules import shared_settings
-from ddrl_jax.distributed import check_agreement, is_main
+from ddrl_jax.distributed import check_agreement, is_main, numbers_of_main
 from ddrl_jax.draws import each_chunk, sample_order
 from ddrl_jax.evaluate import Evaluation, Stopped
 from ddrl_jax.interfaces import Reward
 from ddrl_jax.learner import Minibatch, TrainState
 from ddrl_jax.metrics import ONLY_AT_END, Metrics, ProgressBar, Timer
-from ddrl_jax.metrics_file import continue_from
+from ddrl_jax.metrics_file import continue_from, written_steps
 from ddrl_jax.mfu import Utilization
 from ddrl_jax.models.attention import implementations
 from ddrl_jax.preemption import Preemption
@@ -27,10 +27,10 @@ from ddrl_jax.report import write_report
 from ddrl_jax.resume import samples_per_epoch, save, start
 from ddrl_jax.rewards.pool import RewardPool
 from ddrl_jax.rewards.registry import check_rewards, make_rewards
-from ddrl_jax.self_test import check_ratio
+from ddrl_jax.self_test import check_ratio, check_update
 from ddrl_jax.sharding import take_rows
 from ddrl_jax.skipped import leaf_names, report_skipped
-from ddrl_jax.terms import WEIGHTED
+from ddrl_jax.terms import MAXIMA, WEIGHTED
 from ddrl_jax.workdir import Workdir, open_workdir
 
 
@@ -76,6 +76,8 @@ def run(
     """The loop itself, from the newest checkpoint to the last epoch."""
     config = program.config
     begin = start(program, checkpoints)
+    if begin.line and begin.epoch in numbers_of_main(written_steps(home)):
+        begin = begin._replace(line=None)  # by an earlier start from this checkpoint
     epoch, state, tracker, line = begin
     if epoch >= config.train.epochs and line is None:
         if is_main():
@@ -182,7 +184,11 @@ def check_epoch(
 def update_epoch(
     program: Program, state: TrainState, batch: Collected, epoch: int
 ) -> tuple[TrainState, dict[str, float | int]]:
-    """All optimizer steps of an epoch; one transfer of their metrics at its end."""
+    """All optimizer steps of an epoch; one transfer of their metrics at its end.
+
+    Raises:
+      UserError: too many were skipped, or the first one was not on policy.
+    """
     config = program.config
     if config.optimizer.fresh:
         state = program.refresh(state)
@@ -199,7 +205,11 @@ def update_epoch(
             del part  # before the next one is drawn
     history = jax.device_get(history)
     report_skipped(history, leaf_names(state.params), config.train.nan_limit, epoch + 1)
-    return state, _summary(history)
+    values = _summary(history)
+    # The stand-in of a sample that is NaN may be computed elsewhere in its batch.
+    if "reward/not_finite" not in batch.metrics:
+        check_update(config, values, epoch + 1)
+    return state, values
 
 
 def finish(
@@ -281,7 +291,8 @@ def _redrawn(
     order = sample_order(program.config, epoch, inner, len(batch.chunks) * size)
     in_place = np.array_equal(order, np.arange(len(order)))
     by_step = [(chunk.trajectory, chunk.old_log_prob) for chunk in batch.chunks]
-    each = [(chunk.advantages, chunk.x0) for chunk in batch.chunks]
+    # with the prompt rolled out: that of a stand-in is not the one drawn for its place
+    each = [(chunk.cond, chunk.advantages, chunk.x0) for chunk in batch.chunks]
     fresh = each_chunk(program, batch.prompts, epoch, inner, batch.samples)
     for number, new in enumerate(fresh):
         steps, rest = by_step[number], each[number]
@@ -289,17 +300,21 @@ def _redrawn(
             rows = order[number * size : (number + 1) * size]
             steps = take_rows(program.mesh, by_step, rows, axis=1)
             rest = take_rows(program.mesh, each, rows)
-        (trajectory, old), (advantages, x0) = steps, rest
+        (trajectory, old), (cond, advantages, x0) = steps, rest
         yield new._replace(
-            trajectory=trajectory, old_log_prob=old, advantages=advantages, x0=x0
+            cond=cond,
+            trajectory=trajectory,
+            old_log_prob=old,
+            advantages=advantages,
+            x0=x0,
         )
 
 
 def _summary(history: list[dict]) -> dict[str, float | int]:
-    """Means over the epoch's updates; the ratio deviation is that of the first, the
-    count of skipped updates in a row that of the last."""
+    """Means over the epoch's updates; what tells whether the first one was on policy
+    is that of the first, the count of skipped updates in a row that of the last."""
     names = [name for name in history[0] if name != "bad_leaf"]
     values = {k: float(np.mean([m[k] for m in history])) for k in names}
     values["bad_updates"] = float(history[-1]["bad_updates"])
-    key = "policy/ratio_max_deviation"
-    return values | ({key: float(history[0][key])} if key in values else {})
+    first = {f"policy/{name}" for name in MAXIMA} & values.keys()
+    return values | {key: float(history[0][key]) for key in sorted(first)}

@@ -30,6 +30,7 @@ _FREE = (
     "rewards.vlm.backoff",
     "rewards.vlm.threads",
     "evaluate.pictures",
+    "policy.ratio_tolerance",
     "train.microbatch",
 )
 _ABSENT = "(no such key)"
@@ -153,10 +154,11 @@ def differing_keys(
     """Returns the keys in which two configs differ so that a run can not go on.
 
     Left out are keys that do not change the numbers (log.*, checkpoint.*, sample.*,
-    mesh.*, rewards.threads, rewards.timeout, evaluate.pictures, data.cache) and
-    train.microbatch, except for sparse RWR, which fills what it fits up to whole
-    microbatches; and a larger train.epochs, unless the schedule of the learning rate is
-    made for it.
+    mesh.*, export.*, rewards.threads, rewards.timeout, evaluate.pictures, data.cache,
+    policy.ratio_tolerance, and of rewards.vlm.* base_url, api_key_env, timeout,
+    retries, backoff and threads) and train.microbatch, except for sparse RWR, which
+    fills what it fits up to whole microbatches; and a larger train.epochs, unless the
+    schedule of the learning rate is made for it.
 
     Args:
       stored: flat dotted keys of the run in the folder, as JSON gives them.

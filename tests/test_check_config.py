@@ -80,6 +80,8 @@ def test_what_may_not_be_meant_is_noted():
     assert "data/heldout_loss" in loss
     assert notes(configured(samples | {"data.heldout": 2})) == []
     assert notes(configured({"data_term.weight": 0.1})) == []  # emoji are drawn anew
+    (large,) = told(model__image_size=64)
+    assert "diversity" in large and "32" in large and "64" in large
 
 
 def test_a_logger_that_is_not_installed(monkeypatch):

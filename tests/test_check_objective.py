@@ -4,10 +4,12 @@ import pytest
 from edited_config import configured, refused
 
 from ddrl_jax.check_config import check_config
+from ddrl_jax.diffusion import kernels
 
 GROUP_OF_ONE = {"prompts.group_size": 1, "prompts.per_epoch": 64}
 PRETRAIN = {"policy.weight": 0.0, "data_term.weight": 1.0}
 EDM = {"sampler.kernel": "edm", "policy.train_steps": 0}
+ROUNDED = {"rollout.dtype": "bfloat16"}
 # edits, words of the message, and an edit that puts it right
 COMBINATIONS = {
     # rewards and terms
@@ -41,6 +43,13 @@ COMBINATIONS = {
               "inner_epochs", {"train.inner_epochs": 1}),
     "drawn and named": ({"policy.train_on": (0,), "policy.per_sample_steps": True},
                         "per_sample_steps", {"policy.per_sample_steps": False}),
+    "rounded rollout": (ROUNDED, "rollout.dtype", {"policy.old_log_prob": "recompute"}),
+    "rounded rollout, lora": (
+        ROUNDED | {"lora.rank": 4, "optimizer.master": "bfloat16"}, "rollout.dtype",
+        {"model.dtype": "bfloat16"}),
+    "weights kept rounded": (ROUNDED, "rollout.dtype",
+                             {"optimizer.master": "bfloat16"}),
+    "tolerated": (ROUNDED, "rollout.dtype", {"policy.ratio_tolerance": 1e-3}),
     "data": ({"data_term.weight": 0.1, "data.source": "none",
               "prompts.source": "list", "prompts.list": ("a dog",)},
              "data.source", {"data_term.weight": 0.0}),
@@ -107,3 +116,14 @@ def test_a_data_term_without_data_names_the_sources_of_its_model(model):
 
 def test_steps_without_noise_are_of_no_concern_where_there_are_no_rollouts():
     check_config(configured(PRETRAIN | {"sampler.noise_level": 0.0}), 1)
+
+
+def test_a_sampler_is_one_row_of_its_table(monkeypatch):
+    """Its name is a choice, and its steps are those that its kernel says have noise."""
+    monkeypatch.setitem(kernels._KERNELS, "mine", kernels._KERNELS["dance"])
+    mine = {"sampler.kernel": "mine"}
+    check_config(configured(mine), 1)
+    found = refused(mine | {"policy.train_on": (9,)})
+    assert "step 9 of kernel mine, steps 10" in str(found) and "0-8" in found.wanted
+    assert "no noise" in refused(mine | {"sampler.eta": 0.0}).what
+    assert 'did you mean "mine"?' in refused({"sampler.kernel": "min"}).way_out

@@ -14,11 +14,14 @@ from ddrl_jax.draws import draw_chunks
 from ddrl_jax.errors import UserError
 from ddrl_jax.metrics import Metrics
 from ddrl_jax.rewards.registry import make_rewards
+from ddrl_jax.rewards.retrieval import load_judge
 from ddrl_jax.rollout import transition
 
 
 class Features:
     """Stands in for the judge, which reads pictures of 32 pixels only."""
+
+    size = 16
 
     @staticmethod
     def features(images):
@@ -176,6 +179,18 @@ def test_values_and_pictures(run, metrics, tmp_path):
     [picture, _] = sorted((tmp_path / "samples").iterdir())
     assert picture.name == "evaluation_000007.png"
     assert Image.open(picture).width > 3 * 128
+
+
+def test_diversity_is_that_of_pictures_the_judge_can_read(run, monkeypatch):
+    monkeypatch.setattr(evaluate, "load_judge", load_judge)
+    images = np.random.default_rng(0).integers(0, 256, (6, 16, 16, 3), np.uint8)
+    found = evaluation_of(run[0]).judged(images)
+    assert set(found) == {"evaluation/compressibility/mean"}
+    config = run[0].config.copy_and_resolve_references()
+    config.model.image_size = load_judge().size
+    large = evaluation_of(run[0]._replace(config=config))
+    values = large.judged(images.repeat(2, 1).repeat(2, 2))
+    assert values["diversity/across_prompts"] > 0
 
 
 def test_held_out_judges_have_a_name_of_their_own(run):

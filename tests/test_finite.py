@@ -119,6 +119,29 @@ def test_the_others_are_trained_as_if_it_had_no_score(run):
             np.testing.assert_allclose(a, b, atol=1e-3 * moved + 1e-9)
 
 
+def test_the_prompt_of_a_stand_in_stays_with_it_in_every_pass(run):
+    """The KL of a later pass is along the stand-in's transitions, so of its prompt."""
+    program, state = run
+    config = program.config.copy_and_resolve_references()
+    config.train.inner_epochs = 3
+    program = program._replace(config=config)
+    broken, passes = epoch((program, state), "mask"), []
+
+    def update(state, frozen, reference, chunks):
+        passes.extend(chunks)
+        return state, {"bad_leaf": np.int32(-1), "bad_updates": np.int32(0)}
+
+    update_epoch(program._replace(update=update), state, broken, 0)
+    prompt_of = {}
+    for number, chunk in enumerate(passes):
+        states, told = chunk.trajectory.states, np.asarray(chunk.cond.emb)
+        rows = [np.asarray(states[:, i]).tobytes() for i in range(4)]
+        if number < 2:  # the first pass: as collected
+            prompt_of |= {row: told[i].tobytes() for i, row in enumerate(rows)}
+        assert [prompt_of[row] for row in rows] == [t.tobytes() for t in told], number
+    assert len(passes) == 6 and len(set(prompt_of.values())) == 2
+
+
 def test_a_policy_that_is_nan_is_not_evaluated_and_writes_no_data():
     program = tiny_program({"evaluate.pictures": 0})
     state = program.new_state()

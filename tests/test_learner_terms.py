@@ -73,6 +73,11 @@ def test_exact_old_log_probs_are_the_current_ones(samples):
     far = samples._replace(old_log_prob=samples.old_log_prob - 1.0)
     state, metrics = updated(objective({"policy.old_log_prob": "exact"}), (far,))
     assert float(metrics["policy/ratio_max_deviation"]) == 0.0
+    assert "policy/rollout_gap" not in updated(objective(), (far,))[1]
+    far = far._replace(old_log_prob=far.old_log_prob.at[0, 0].add(-2.0))
+    state, metrics = updated(objective({"policy.old_log_prob": "exact"}), (far,))
+    # the largest distance to the rollout's, and the ratio does not tell of it
+    assert float(metrics["policy/rollout_gap"]) == pytest.approx(3.0, abs=1e-4)
     close(
         gradient(state), finite_differences(lambda p: policy_loss_by_hand(p, samples))
     )

@@ -128,6 +128,25 @@ def test_a_judge_that_does_not_know_a_prompt_is_heard_before_any_weight(monkeypa
         build(config, {"compressibility": Judge(*WORDS[:2]), "held": Judge(*WORDS)})
 
 
+def test_prompts_without_pictures_are_told_before_any_weight(monkeypatch):
+    """Nothing is trained on data, but each evaluation takes the loss of the prompts."""
+
+    def no_weights(*_):
+        raise AssertionError("weights were described first")
+
+    monkeypatch.setattr("ddrl_jax.program.describe_weights", no_weights)
+    source = flat_source(captions=WORDS[:3])
+    with pytest.raises(UserError, match="held-out data loss") as error:
+        tiny_program(source=source)
+    assert error.value.got == repr(WORDS[3])
+    assert "evaluate.data_samples=0" in error.value.way_out
+    for fine in ({"evaluate.data_samples": 0}, {"data_term.captions": "own"}):
+        with pytest.raises(AssertionError, match="described first"):
+            tiny_program(fine, source)
+    with pytest.raises(AssertionError, match="described first"):  # data.source "none"
+        tiny_program()
+
+
 def test_without_a_data_term_there_is_no_data():
     _, chunks = draw(tiny_program(source=flat_source()))
     assert chunks[0].records is None and chunks[0].data_cond is None

@@ -14,10 +14,14 @@ from tiny_runs import (
     tiny_program,
 )
 
+from ddrl_jax.collect import Collected
 from ddrl_jax.data.prompts import draw_prompts
 from ddrl_jax.diffusion.kernels import KERNELS
+from ddrl_jax.draws import draw_chunks
 from ddrl_jax.errors import UserError
+from ddrl_jax.objectives.advantages import PerPromptTracker
 from ddrl_jax.self_test import check_ratio, ratio_deviations
+from ddrl_jax.train import update_epoch
 
 pytestmark = pytest.mark.optimised
 
@@ -154,6 +158,25 @@ def test_self_test_passes_at_tolerance_0(small):
     check_ratio(*small)
 
 
+def test_self_test_fetches_the_data_of_the_one_chunk_it_uses():
+    asked = []
+
+    def fetch(records):
+        asked.append(len(records))
+        return records
+
+    def reached(*_):
+        raise ConnectionAbortedError("the chunk is drawn")
+
+    source = flat_source()._replace(fetch=fetch)
+    program = tiny_program({"data_term.weight": 0.5}, source)
+    assert program.config.prompts.per_epoch * program.config.prompts.group_size == 8
+    state = program.new_state()
+    with pytest.raises(ConnectionAbortedError):
+        ratio_deviations(program._replace(rollout=reached), state)
+    assert asked == [4]
+
+
 def test_self_test_refuses_a_replay_with_other_weights(small):
     program, state = small
     moved = perturbed(state.params, 0.01, seed=9)
@@ -183,3 +206,37 @@ def test_tolerance_is_what_the_config_says(small):
     config.policy.ratio_tolerance = 1e-4
     with pytest.raises(UserError, match="0.0001"):
         check_ratio(other._replace(config=config), state)
+
+
+# ---- the first update of every epoch
+
+
+def told(program, deviations, tolerance=0.0, metrics=None):
+    """What an epoch of such updates says of itself, without computing any."""
+    config = program.config.copy_and_resolve_references()
+    config.policy.ratio_tolerance = tolerance
+    config.train.update(minibatches=2, inner_epochs=1)
+    found = iter(deviations)
+
+    def update(state, *_):
+        skipped = {"bad_leaf": np.int32(-1), "bad_updates": np.int32(0)}
+        return state, skipped | {"policy/ratio_max_deviation": np.float32(next(found))}
+
+    chunks = draw_chunks(program, prompts_of(program), 0, 0)
+    tracker = PerPromptTracker.init(4, 3)
+    batch = Collected(prompts_of(program), chunks, tracker, metrics or {})
+    program = program._replace(config=config, update=update)
+    return update_epoch(program, program.new_state(), batch, 6)[1]
+
+
+def test_an_epoch_that_was_not_on_policy_ends_the_run(small):
+    program, _ = small
+    assert told(program, (0.0, 0.5))["policy/ratio_max_deviation"] == 0.0
+    with pytest.raises(UserError, match="epoch 7: the policy ratio was not 1") as error:
+        told(program, (2e-3, 0.5))
+    assert "0.002" in error.value.got and "ratio_tolerance" in error.value.wanted
+    with pytest.raises(UserError, match="epoch 7"):
+        told(program, (2e-3, 0.5), tolerance=1e-3)
+    told(program, (2e-3, 0.5), tolerance=1e-2)
+    told(program, (np.nan, 0.5))  # was skipped, which is counted
+    told(program, (2e-3, 0.5), metrics={"reward/not_finite": 1.0})

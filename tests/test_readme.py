@@ -10,15 +10,17 @@ import numpy as np
 import pytest
 
 from configs import base, smoke
-from ddrl_jax import config_rules, program
-from ddrl_jax.diffusion import kernels
+from ddrl_jax.check_config import check_config
+from ddrl_jax.diffusion import kernels, schedules
+from ddrl_jax.errors import UserError
+from ddrl_jax.models import pipelines
 from ddrl_jax.rewards import registry
 from ddrl_jax.train import train
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 SNIPPETS = dict(re.findall(r"```python test=(\w+)\n(.*?)```", README, re.DOTALL))
-LINES = 30  # a snippet has fewer
+LINES = 30  # a snippet has fewer, blank ones included
 
 
 def _run(name: str) -> dict:
@@ -33,15 +35,18 @@ def test_there_is_a_snippet_for_each_thing_a_user_adds():
 
 @pytest.mark.parametrize("name", SNIPPETS)
 def test_snippets_are_short(name):
-    lines = [line for line in SNIPPETS[name].splitlines() if line.strip()]
-    assert len(lines) < LINES
+    assert len(SNIPPETS[name].splitlines()) < LINES
 
 
 @pytest.fixture
-def own_registries(monkeypatch):
+def own_registries():
     """A snippet that registers something does so for one test only."""
-    monkeypatch.setattr(registry, "REWARDS", dict(registry.REWARDS))
-    monkeypatch.setattr(program, "PIPELINES", dict(program.PIPELINES))
+    tables = (registry.REWARDS, pipelines.PIPELINES, kernels._KERNELS)
+    kept = [dict(table) for table in tables]
+    yield
+    for table, rows in zip(tables, kept, strict=True):
+        table.clear()
+        table.update(rows)
 
 
 def test_the_reward_scores_a_blank_page_highest(own_registries):
@@ -105,10 +110,8 @@ def test_the_model_paints_what_it_was_told(own_registries):
         pipeline.encode(["mauve"])
 
 
-@pytest.mark.slow
-def test_the_model_goes_through_the_whole_loop(own_registries, tmp_path):
-    """Rollout, judges, update, checkpoint, evaluation and report know only Pipeline."""
-    _run("model")
+def _one_colour_config():
+    """A small run of the model of the snippet."""
     config = smoke.shrink(base.get_config(), "smoke")
     config.model.name = "one_colour"
     config.prompts.update(source="list", list=("red", "green", "blue"), limit=0)
@@ -116,6 +119,36 @@ def test_the_model_goes_through_the_whole_loop(own_registries, tmp_path):
     config.rewards.heldout = ()
     config.data.source = "none"
     config.log.update(tensorboard=False, progress=False)
+    return config
+
+
+def test_what_the_snippets_register_a_configuration_can_name(own_registries, tmp_path):
+    """One row a thing, and `check_config` takes it."""
+    config = _one_colour_config()
+    with pytest.raises(UserError, match=r"model\.name has an unknown name"):
+        check_config(config, 8)
+    _run("model")
+    check_config(config, 8)
+    config.data.update(source="samples", path=str(tmp_path))  # pictures, as its latents
+    config.data_term.weight = 0.1
+    check_config(config, 8)
+    langevin = _run("sampler")["langevin"]
+    row = (lambda sampler, read: langevin(sampler.steps), schedules.FLOW)
+    kernels._KERNELS["langevin"] = row
+    config.sampler.kernel = "langevin"
+    check_config(config, 8)
+    _run("reward")
+    with config.ignore_type():
+        config.rewards.weights = {"whiteness": 1.0}
+    check_config(config, 8)
+
+
+@pytest.mark.slow
+def test_the_model_goes_through_the_whole_loop(own_registries, tmp_path):
+    """Rollout, judges, update, checkpoint, evaluation and report know only Pipeline."""
+    _run("model")
+    config = _one_colour_config()
+    check_config(config, jax.device_count())
     train(config, str(tmp_path / "run"))
     lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     last = json.loads(lines[-1])
@@ -173,5 +206,6 @@ def test_the_places_it_sends_a_new_name_to_exist():
     for table, where in (("REWARDS", registry), ("_KERNELS", kernels)):
         assert f"`{table}`" in README
         assert isinstance(getattr(where, table), dict)
-    names = config_rules.RULES["model.name"].names
-    assert set(names) == set(program.PIPELINES)
+    for table in ("PIPELINES", "SOURCES"):
+        assert f"`{table}`" in README
+        assert isinstance(getattr(pipelines, table), dict)

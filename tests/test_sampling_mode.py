@@ -103,6 +103,8 @@ def test_samples_anchor_a_data_term(sampled):
     assert program.source is not None
     assert program.source.captions == tuple(np.repeat(WORDS[:2], 5))
     assert [list(r) for r in program.records_of] == [list(range(5)), list(range(5, 10))]
+    with pytest.raises(UserError, match="not of the model's size"):
+        build(settings(**edits, data_term__weight=0.5, model__image_size=32))
 
 
 def test_the_newest_checkpoint_is_sampled(sampled, tmp_path):
@@ -185,6 +187,8 @@ def test_nothing_to_export(tmp_path, monkeypatch):
 
 class Features:
     """Stands in for the judge, which reads pictures of 32 pixels only."""
+
+    size = 16
 
     @staticmethod
     def features(images):

@@ -15,8 +15,8 @@ from tiny_runs import (
 
 from ddrl_jax.data.prompts import draw_prompts
 from ddrl_jax.learner import init_state
+from ddrl_jax.models.pipelines import PIPELINES
 from ddrl_jax.optim import make_optimizer
-from ddrl_jax.program import PIPELINES
 from ddrl_jax.sharding import make_mesh
 from ddrl_jax.weights import Weights, describe_weights
 

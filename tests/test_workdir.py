@@ -80,6 +80,7 @@ def test_another_reward_is_a_differing_key(tmp_path):
         ("rewards.vlm.threads", 3),
         ("data.cache", "/elsewhere"),
         ("export.merge_lora", True),
+        ("policy.ratio_tolerance", 1e-6),
     ],
 )
 def test_what_does_not_change_the_numbers_may_change_and_is_stored(

@@ -26,10 +26,11 @@ SUPERSAMPLING = 2  # samples a pixel and axis: without it a small emoji aliases
 def read_emoji(
     root: Path = ASSETS / "emoji" / "1.0.0",
 ) -> tuple[UInt8[np.ndarray, "r h w 3"], tuple[str, ...]]:
-    """Reads the pictures [r 64 64 3] and captions of a TFDS data set on disk.
+    """Reads the pictures [r h w 3], all of one size, and captions of a TFDS data set.
 
     Raises:
-      UserError: the folder is missing or can not be read.
+      UserError: the folder is missing or can not be read, or its pictures differ in
+        size.
     """
     import tensorflow_datasets as tfds  # slow import, only where data is read
 
@@ -48,8 +49,21 @@ def read_emoji(
             way_out="reinstall ddrl_jax, or rebuild it with ddrl_jax/assets/"
             "build_emoji.py; for your own set give --config.data.path",
         ) from e
+    shapes = sorted({picture.shape for picture in pictures})
+    if len(shapes) != 1:
+        raise UserError(
+            f"the pictures of the data set {root} are not of one size",
+            got=", ".join(map(as_size, shapes[:5])) or "no picture",
+            wanted="one height and width for all of them",
+            way_out="write the set anew, as --mode=sample does",
+        )
     captions = tuple(row["caption"].decode() for row in rows)
     return np.stack(pictures), captions
+
+
+def as_size(shape: tuple[int, ...]) -> str:
+    """(32, 32, 3) -> "32 x 32 x 3"."""
+    return " x ".join(map(str, shape))
 
 
 def _grid(size: int) -> Float[Array, "h w ss 2"]:

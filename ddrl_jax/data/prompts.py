@@ -142,9 +142,30 @@ def records_by_prompt(
             wanted="a record with the same caption for every prompt, since the data "
             "term is conditional on it",
             way_out="write base samples of them with --mode=sample and train with "
-            "config.data.source='samples', or set config.data_term.weight=0",
+            "config.data.source='samples', or set config.data_term.weight=0 and "
+            "config.data.source='none'",
         )
     return tuple(np.array(where[p], np.int32) for p in prompts)
+
+
+def require_pictures(prompts: Sequence[str], captions: Sequence[str]) -> None:
+    """Refuses prompts without data where only the held-out data loss asks for them.
+
+    Raises:
+      UserError: a prompt has no picture to take the loss of.
+    """
+    known = set(captions)
+    missing = [p for p in prompts if p not in known]
+    if not missing:
+        return
+    raise UserError(
+        f"{len(missing)} prompts have no picture for the held-out data loss",
+        got=", ".join(repr(p) for p in missing[:5]),
+        wanted="a record with the same caption for every prompt; nothing is trained on "
+        "the data, but the evaluations take their loss",
+        way_out="--config.evaluate.data_samples=0 leaves that loss out, "
+        "--config.data.source=none the data",
+    )
 
 
 def require_records(total: int, heldout: int) -> None:

@@ -14,18 +14,31 @@ import numpy as np
 from jaxtyping import Array, Float, Int, Key, UInt8
 from PIL import Image
 
-from ddrl_jax.data.emoji import read_emoji
+from ddrl_jax.data.emoji import as_size, read_emoji
 from ddrl_jax.errors import UserError
 from ddrl_jax.interfaces import DataSource
 
 
-def sample_source(path: str) -> DataSource:
+def sample_source(path: str, shape: tuple[int, ...]) -> DataSource:
     """Reads a data set that `write_samples` wrote; its pictures live on device.
 
+    Args:
+      path: of the data set.
+      shape: height, width and channels of the pictures that the model works on.
+
     Raises:
-      UserError: the folder is missing or can not be read.
+      UserError: the folder is missing or can not be read, or its pictures have another
+        shape.
     """
     pictures, captions = read_emoji(Path(path))
+    if pictures.shape[1:] != shape:
+        raise UserError(
+            f"the pictures of the data set {path} are not of the model's size",
+            got=as_size(pictures.shape[1:]),
+            wanted=as_size(shape),
+            way_out="--mode=sample of this model writes a set of its size; or set "
+            "config.model.image_size to that of the pictures",
+        )
     stack = jnp.asarray(pictures)
 
     def latents(

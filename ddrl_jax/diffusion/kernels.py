@@ -197,7 +197,7 @@ _KERNELS: dict[str, tuple[Callable[[Any, _Read], Kernel], schedules.Process]] = 
     "cps": (_cps, schedules.FLOW),
     "edm": (_edm, schedules.VE),
 }
-KERNELS = tuple(_KERNELS)
+KERNELS = _KERNELS.keys()  # a view: a row that is added later is in it
 
 
 def _require(ok: bool, key: str, got: object, wanted: str) -> None:
@@ -212,7 +212,8 @@ def _require(ok: bool, key: str, got: object, wanted: str) -> None:
 
 def _check(sampler: Any, prediction: str) -> None:
     kernel, steps = sampler.kernel, sampler.steps
-    _require(kernel in _KERNELS, "sampler.kernel", kernel, f"one of {KERNELS}")
+    names = ", ".join(KERNELS)
+    _require(kernel in KERNELS, "sampler.kernel", kernel, f"one of {names}")
     _require(prediction in PREDICTIONS, "prediction", prediction, f"{PREDICTIONS}")
     most = schedules.TRAIN_STEPS - 1 if kernel == "ddim" else 100_000
     _require(1 <= steps <= most, "sampler.steps", steps, f"1 to {most}")

@@ -22,12 +22,12 @@ from ddrl_jax.draws import draw_trained_steps
 from ddrl_jax.flops import Count, count
 from ddrl_jax.interfaces import DataSource, Memory, Trajectory
 from ddrl_jax.learner import Minibatch, TrainState
+from ddrl_jax.models.pipelines import PIPELINES
 from ddrl_jax.models.stable_diffusion import planned_pipeline
 from ddrl_jax.optim import make_optimizer
 from ddrl_jax.plan.hlo import Collective, collectives
 from ddrl_jax.plan.target import HERE, Target, unsaved
 from ddrl_jax.program import (
-    PIPELINES,
     chunk_size,
     jit_update,
     make_objective,
@@ -39,8 +39,8 @@ from ddrl_jax.sharding import AXES, BATCH, make_mesh, params_shardings
 from ddrl_jax.terms import WEIGHTED
 from ddrl_jax.weights import Weights, describe_weights, rollout_rules
 
-# Pipelines whose weights are shapes.
-PLANNED = PIPELINES | {"stable_diffusion": planned_pipeline}
+# In place of pipelines that read more than shapes.
+PLANNED = {"stable_diffusion": planned_pipeline}
 
 
 class Phase(NamedTuple):
@@ -109,7 +109,7 @@ def describe(config: Any, target: Target = HERE) -> Abstract:
       target: whose compiler is to be asked.
     """
     mesh = make_mesh(config.mesh, target.devices({a: config.mesh[a] for a in AXES}))
-    pipeline = PLANNED[config.model.name](config, mesh)
+    pipeline = (PIPELINES | PLANNED)[config.model.name](config, mesh)
     kernel = make_kernel(config.sampler, pipeline.prediction)
     source = None
     if config.data_term.weight:  # as from a cache of latents: they come with the chunk

@@ -41,17 +41,19 @@ LAYERS = {
 
 
 class Judge(NamedTuple):
-    """A trained judge; both callables take uint8 [b 32 32 3] of any batch size.
+    """A trained judge; both callables take uint8 [b size size 3] of any batch size.
 
     Attributes:
       captions: all captions, in the order of the logits.
       logits: pictures -> float32 [b, captions + 1]; the last class is "none of them".
       features: pictures -> float32 [b d], for held-out diversity.
+      size: pixels of a side of the pictures that it reads.
     """
 
     captions: tuple[str, ...]
     logits: Callable[[UInt8[np.ndarray, "b h w c"]], Float[np.ndarray, "b k"]]
     features: Callable[[UInt8[np.ndarray, "b h w c"]], Float[np.ndarray, "b d"]]
+    size: int = SIZE
 
 
 def init_judge(key: Key[Array, ""], classes: int) -> Params:

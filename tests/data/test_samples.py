@@ -34,7 +34,7 @@ def test_comes_back_to_the_byte_and_in_order(folder):
 
 
 def test_is_a_source_of_the_pictures_as_they_are(folder):
-    source = sample_source(str(folder))
+    source = sample_source(str(folder), (32, 32, 3))
     records = jnp.asarray([6, 0, 3], jnp.int32)
     keys = jax.random.split(jax.random.key(0), 3)
     found = source.latents(records, keys)
@@ -69,4 +69,16 @@ def test_a_failure_leaves_nothing_and_can_be_tried_again(tmp_path):
 
 def test_a_missing_set_names_the_key_that_would_find_it(tmp_path):
     with pytest.raises(UserError, match="data.path"):
-        sample_source(str(tmp_path / "none"))
+        sample_source(str(tmp_path / "none"), (32, 32, 3))
+
+
+def test_pictures_of_another_size_are_one_error_that_names_both(folder, tmp_path):
+    with pytest.raises(UserError, match="not of the model's size") as error:
+        sample_source(str(folder), (16, 16, 3))
+    assert (error.value.got, error.value.wanted) == ("32 x 32 x 3", "16 x 16 x 3")
+    assert "config.model.image_size" in error.value.way_out
+    mixed = iter([(IMAGES[:1], ("cat",)), (IMAGES[:1, :16, :16], ("dog",))])
+    write_samples(tmp_path / "mixed", mixed)
+    with pytest.raises(UserError, match="not of one size") as error:
+        sample_source(str(tmp_path / "mixed"), (32, 32, 3))
+    assert error.value.got == "16 x 16 x 3, 32 x 32 x 3"

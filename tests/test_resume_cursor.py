@@ -1,0 +1,124 @@
+"""What a checkpoint says of its run beside the arrays, and what a start makes of it."""
+
+import json
+
+import pytest
+from tiny_runs import WORDS, tiny_program
+
+import ddrl_jax.train as loop
+from ddrl_jax.checkpoint import Checkpoints
+from ddrl_jax.errors import UserError
+from ddrl_jax.evaluate import Evaluation
+from ddrl_jax.preemption import Preemption
+from ddrl_jax.resume import save, start
+from ddrl_jax.workdir import open_workdir
+
+
+@pytest.fixture(scope="module")
+def program():
+    return tiny_program()
+
+
+@pytest.fixture
+def checkpoints(tmp_path):
+    """checkpoints(read_only): of one folder, closed at the end."""
+    opened = []
+
+    def of_the_run(read_only: bool = False) -> Checkpoints:
+        opened.append(Checkpoints(tmp_path / "run", 1, 2, read_only=read_only))
+        return opened[-1]
+
+    yield of_the_run
+    for each in opened:
+        each.close()
+
+
+def save_begin(program, checkpoints, epoch=1, **more):
+    """A checkpoint of the state that the run begins with."""
+    begin, kept = start(program, checkpoints), checkpoints
+    save(kept, epoch, begin.state, begin.tracker, program, force=True, **more)
+    kept.wait()
+
+
+OTHERS = {
+    "another text": (*WORDS[:3], "moon"),
+    "another order": (*WORDS[1:], WORDS[0]),
+    "one more": (*WORDS, "moon"),
+    "one less": WORDS[:3],
+    "another cut": (WORDS[0], *WORDS[2:], WORDS[1]),
+}
+
+
+def test_a_run_goes_on_with_its_own_prompts_alone(program, checkpoints):
+    save_begin(program, checkpoints())
+    assert start(program, checkpoints()).epoch == 1
+    for others in OTHERS.values():
+        changed = program._replace(prompts=others)
+        with pytest.raises(UserError, match="prompts of the run have changed") as error:
+            start(changed, checkpoints())
+        assert error.value.got.startswith(f"{len(others)} prompts, digest ")
+        assert error.value.wanted.startswith("4 prompts, digest ")
+        assert error.value.got.split()[-1] != error.value.wanted.split()[-1]
+        assert "--workdir" in error.value.way_out
+    changed = program._replace(prompts=OTHERS["another text"])
+    assert start(changed, checkpoints(read_only=True)).epoch == 1  # it trains nothing
+
+
+def test_a_checkpoint_that_says_nothing_of_prompts_is_taken(program, checkpoints):
+    """As those of earlier versions."""
+    kept = checkpoints()
+    begin, cursor = start(program, kept), {"epoch": 1, "weights": "random"}
+    state = {"train": begin.state, "tracker": begin.tracker}
+    assert kept.save(1, state, cursor, force=True)
+    kept.wait()
+    assert start(program, checkpoints()).epoch == 1
+
+
+class Judged(Evaluation):
+    """An evaluation that takes no time; counts how often it was asked."""
+
+    asked = 0
+
+    def __init__(self, program, *_):
+        self.program = program
+
+    def run(self, *_):
+        Judged.asked += 1
+        return {"heldout": 3.0}
+
+
+def test_a_line_that_a_notice_left_is_written_once(
+    program, checkpoints, tmp_path, monkeypatch, capsys
+):
+    """Told to end in the last update: the next start ends the run, others say so."""
+    for name, stand_in in {
+        "Evaluation": Judged,
+        "check_ratio": lambda *_: None,
+    }.items():
+        monkeypatch.setattr(loop, name, stand_in)
+    monkeypatch.setattr(loop, "collect", lambda *_: None)  # as if told to end again
+    config = program.config.copy_and_resolve_references()
+    config.evaluate.every = 0
+    config.train.epochs = 1
+    program = program._replace(config=config)
+    rewards = dict.fromkeys(config.rewards.weights, lambda images, prompts: None)
+    save_begin(program, checkpoints(), line={"reward": 0.5})
+    with open_workdir(tmp_path / "home", config) as home:
+
+        def again():
+            loop.run(program, rewards, home, checkpoints(), Preemption())
+            return home.metrics.read_text(), Judged.asked, capsys.readouterr().out
+
+        whole = {"step": 1, "reward": 0.5, "heldout": 3.0, "only_at_end": ["heldout"]}
+        text, asked, said = again()
+        assert json.loads(text) == whole and asked == 1 and "are done" not in said
+        for _ in range(2):
+            assert again()[:2] == (text, 1)
+        assert "all 1 epochs are done" in again()[2]
+        assert not home.discarded.exists()
+        config.train.epochs = (
+            2  # made longer: the line is that of an epoch among others
+        )
+        shorter, asked, _ = again()
+        assert json.loads(shorter) == {"step": 1, "reward": 0.5} and asked == 1
+        assert json.loads(home.discarded.read_text())["heldout"] == 3.0
