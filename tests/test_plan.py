@@ -135,14 +135,17 @@ def test_a_model_of_the_hub_is_one_error_without_a_network():
 
 @pytest.mark.parametrize("every_step", [False, True])
 def test_a_data_term_is_planned(every_step):
-    """One more network call of each sample, or of each trained step."""
+    """One more network call of each sample, or of each trained step.
+
+    Beside a frozen base it is two forward passes, itself and the gradient of its input;
+    a call of the policy term is three, one of them again for the ratio of exactly 1."""
     term = {"weight": 0.01, "weighting": "eps", "every_step": every_step}
     with_data = describe(stable_diffusion("assets", data_term=term)).phases[-1]
     without = describe(stable_diffusion("assets")).phases[-1]
     steps = without.arguments[-1][0].old_log_prob.shape[0]
     calls, rows = 2 * steps, steps if every_step else 1  # guidance: two rows a step
     found = [count(p.function, *p.arguments).flops for p in (with_data, without)]
-    assert found[0] / found[1] - 1 == pytest.approx(rows / calls, rel=0.3)
+    assert found[0] / found[1] - 1 == pytest.approx(2 / 3 * rows / calls, rel=0.02)
     assert compile_phase(with_data, make_mesh(ONE)).temporaries > 0
 
 
