@@ -71,3 +71,19 @@ def test_the_configured_mesh_where_it_fits_is_the_first_answer(
     suggestion = suggest(found, 1, chip)
     assert suggestion is not None and suggestion.mesh == ONE
     assert compiled == ["update"] * 3 and suggestion.remat == "none"
+
+
+def test_a_policy_is_not_charged_the_rollouts_weights_again(monkeypatch, with_judges):
+    """No policy matters to the rollout, which here needs most and just fits."""
+    counted(monkeypatch)
+    rollout, update = with_judges.phases
+    found = Shown(
+        with_judges,
+        [
+            made("rollout")._replace(phase=rollout, temporaries=10**6),
+            made()._replace(phase=update),
+        ],
+    )
+    suggestion = suggest(found, 1, with_memory((found.peak + 1) / MARGIN))
+    assert suggestion is not None
+    assert (suggestion.remat, suggestion.peak) == ("none", found.peak)

@@ -266,6 +266,9 @@ def _faster(best: Shown, tried: int, chip: Chip) -> Suggestion:
 
 def _with(best: Shown, remat: str) -> int:
     """Its peak with another policy, in bytes a device; the update is compiled."""
-    mesh, rollout = dict(best.plan.mesh.shape), best.compiled[:-1]
+    mesh = dict(best.plan.mesh.shape)
     plan = described(best.plan.config, mesh, remat, best.plan.target)
-    return Shown(plan, [*rollout, compile_phase(plan.phases[-1], plan.mesh)]).peak
+    update = compile_phase(plan.phases[-1], plan.mesh)
+    # What of a rollout's arguments stays anyway, only the plan it is from can tell.
+    before = [peak(best.plan, found) for found in best.compiled[:-1]]
+    return max([*before, peak(plan, update)])
