@@ -45,7 +45,8 @@ from ddrl_jax.models.clip_config import ClipVisionConfig
 from ddrl_jax.models.networks import network_shapes
 from ddrl_jax.models.sd_folder import read_source
 from ddrl_jax.models.sd_published import FILES
-from ddrl_jax.plan.lowered import Abstract, bytes_per_device, describe
+from ddrl_jax.plan.lowered import Abstract, describe
+from ddrl_jax.plan.sizes import bytes_per_device
 from ddrl_jax.plan.target import HERE, Target, choose, unsaved
 from ddrl_jax.program import chunk_size
 
@@ -189,7 +190,7 @@ def resident(plan: Abstract) -> dict[str, int]:
     prompts = len(prompt_set(config.prompts.set))
     return {
         "trajectories of the epoch's other minibatches": others
-        * bytes_per_device(plan.chunk),
+        * bytes_per_device(plan.chunk, plan.sizes),
         f"embeddings of {prompts} prompts": prompts * size_of(pipeline.uncond),
         "text encoder, float32": size_of(network_shapes("clip_text", text)),
         "autoencoder, float32": size_of((pipeline.decode, pipeline.encode_images)),

@@ -26,7 +26,7 @@ def stable_diffusion(folder, **edits):
 
 
 def made(name="update", arguments=0, flops=0, dot_bytes=0, collectives=()):
-    phase = Phase(name, None, (), 1)
+    phase = Phase(name, None, (), 1, 0)
     count = Count(flops, 0, dot_bytes, 0)
     return Compiled(phase, arguments, 0, 0, count, list(collectives), 0.0)
 

@@ -18,13 +18,13 @@ from ddrl_jax.plan import search
 from ddrl_jax.plan.hlo import Collective
 from ddrl_jax.plan.links import lay
 from ddrl_jax.plan.lowered import (
-    bytes_per_device,
     compile_phase,
     describe,
 )
 from ddrl_jax.plan.memory import fits, resident
 from ddrl_jax.plan.roofline import bounds, sent
 from ddrl_jax.plan.search import Shown, meshes, suggest
+from ddrl_jax.plan.sizes import bytes_per_device
 from ddrl_jax.plan.target import HERE, Target
 from ddrl_jax.program import build
 from ddrl_jax.sharding import make_mesh

@@ -55,7 +55,8 @@ def _head(plan: Abstract, links: Links) -> Iterator[str]:
 
 def _memory(plan: Abstract, compiled: list[Compiled], chip: Chip) -> Iterator[str]:
     compiler = f"compiler for {plan.target.name}"
-    yield f"memory a device, GiB (shapes and shardings; temporaries: {compiler})"
+    exact = "shapes and shardings" + (", in tiles" if plan.sizes else "")
+    yield f"memory a device, GiB ({exact}; temporaries: {compiler})"
     stays, peaks = resident(plan), {}
     for name, size in stays.items():
         yield _row(name, size)
