@@ -48,7 +48,7 @@ from ddrl_jax.sharding import (
     replicated,
 )
 from ddrl_jax.sources import make_source
-from ddrl_jax.weights import describe_weights
+from ddrl_jax.weights import describe_weights, tell_undivided
 
 PIPELINES = {
     "emoji": emoji_pipeline,
@@ -127,6 +127,7 @@ def build(config, judges: Mapping[str, Reward] | None = None) -> Program:
     decode = _make_decode(pipeline, mesh)
     own = _own_captions(config, pipeline, source, mesh)
     weights = describe_weights(config, pipeline, tx, mesh)
+    tell_undivided(weights)
     frozen = weights.frozen()
     return Program(
         config=config,

@@ -3,6 +3,7 @@
 import pytest
 from planned_runs import ONE, made, stable_diffusion, tiny, with_memory
 
+from ddrl_jax import plan
 from ddrl_jax.plan import search
 from ddrl_jax.plan.lowered import describe
 from ddrl_jax.plan.memory import MARGIN, resident
@@ -87,3 +88,18 @@ def test_a_policy_is_not_charged_the_rollouts_weights_again(monkeypatch, with_ju
     suggestion = suggest(found, 1, with_memory((found.peak + 1) / MARGIN))
     assert suggestion is not None
     assert (suggestion.remat, suggestion.peak) == ("none", found.peak)
+
+
+def test_the_command_names_once_what_does_not_divide(monkeypatch, capsys):
+    """The search describes the configured mesh again, with remat, and others."""
+    counted(monkeypatch)
+    monkeypatch.setattr(plan, "compile_phase", search.compile_phase)
+    config = tiny(tensor=4)
+    config.model.remat = "none"
+    config.model.video.mlp = 66
+    flags = {"devices": "4", "chip": "v5p", "compiler": "cpu"}
+    plan.plan_mode(config, flags)
+    told = capsys.readouterr()
+    assert "suggestion: " in told.out
+    assert told.err.count("whole on every device") == 1
+    assert "mlp 66 over tensor 4" in told.err
