@@ -64,6 +64,7 @@ def unet(folder: Path) -> Any:
     """DDPO on a narrow Stable Diffusion, written to a folder without weights."""
     config: Any = aesthetic.get_config("paper")
     config.model.init = str(write_model(folder, UNET))
+    config.model.image_size = 8 * NARROW["sample_size"]  # 512 in that variant
     config.prompts.update(per_epoch=4, group_size=1)
     config.train.update(minibatches=1, microbatch=2)
     config.sampler.steps = 4

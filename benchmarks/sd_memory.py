@@ -16,6 +16,8 @@ The CPU's compiler is told to order operations for memory, as those of accelerat
 optimise machine code, which nothing here runs. It computes bfloat16 products in
 float32: the table names the float32 copies of bfloat16 weights that are alive at the
 peak, which a chip with bfloat16 products does not make.
+
+Writes benchmarks/results/sd_memory.md, or sd_memory_v6e.md.
 """
 
 import argparse
@@ -43,11 +45,12 @@ from ddrl_jax.models.clip_config import ClipVisionConfig
 from ddrl_jax.models.networks import network_shapes
 from ddrl_jax.models.sd_folder import read_source
 from ddrl_jax.models.sd_published import FILES
-from ddrl_jax.plan.lowered import Abstract, bytes_per_device, describe
+from ddrl_jax.plan.lowered import Abstract, describe
+from ddrl_jax.plan.sizes import bytes_per_device
 from ddrl_jax.plan.target import HERE, Target, choose, unsaved
 from ddrl_jax.program import chunk_size
 
-RESULTS = Path(__file__).resolve().parent / "results" / "sd_memory.md"
+RESULTS = Path(__file__).resolve().parent / "results"
 # CLIP ViT-L/14's picture tower, which the aesthetic score looks through
 JUDGE = ClipVisionConfig(
     hidden_size=1024, intermediate_size=4096, projection_dim=768, num_hidden_layers=24,
@@ -187,7 +190,7 @@ def resident(plan: Abstract) -> dict[str, int]:
     prompts = len(prompt_set(config.prompts.set))
     return {
         "trajectories of the epoch's other minibatches": others
-        * bytes_per_device(plan.chunk),
+        * bytes_per_device(plan.chunk, plan.sizes),
         f"embeddings of {prompts} prompts": prompts * size_of(pipeline.uncond),
         "text encoder, float32": size_of(network_shapes("clip_text", text)),
         "autoencoder, float32": size_of((pipeline.decode, pipeline.encode_images)),
@@ -237,14 +240,15 @@ def beside(label: str, plan: Abstract, update: Measured) -> Iterator[str]:
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Measures and writes benchmarks/results/sd_memory.md, again after each program."""
+    """Measures and writes the table, again after each program."""
     flags = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     flags.add_argument("--microbatches", nargs="+", type=int, default=[1, 0])
     flags.add_argument("--variants", nargs="+", default=["lora", "paper"])
     flags.add_argument("--scheduler", choices=SCHEDULERS, default="memory")
     flags.add_argument("--chip", help="a TPU, by its own compiler: needs libtpu")
-    flags.add_argument("--out", default=str(RESULTS))
+    flags.add_argument("--out", help="a file; without it one in benchmarks/results")
     options = flags.parse_args(arguments)
+    out = Path(options.out) if options.out else named(options.chip)
     target = choose("tpu", chip_named(options.chip), 0) if options.chip else HERE
     rows: list[tuple[Measured, int]] = []
     notes: list[str] = []
@@ -261,7 +265,12 @@ def main(arguments: Sequence[str]) -> None:
                 rows.append((found, part.samples))
                 notes += beside(label, plan, found) if part.name == "update" else []
                 head = about(arguments, order, target)
-                write(Path(options.out), head, rows, notes)
+                write(out, head, rows, notes)
+
+
+def named(chip: str | None) -> Path:
+    """The file of a compiler's table: each has its own."""
+    return RESULTS / (f"sd_memory_{chip}.md" if chip else "sd_memory.md")
 
 
 def name_of(variant: str, plan: Abstract) -> str:

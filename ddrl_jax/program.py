@@ -51,7 +51,7 @@ from ddrl_jax.sharding import (
     replicated,
 )
 from ddrl_jax.sources import make_source
-from ddrl_jax.weights import describe_weights
+from ddrl_jax.weights import describe_weights, tell_undivided
 
 TEXT_BYTES = 4_000_000_000  # of embeddings of prompts that every device may hold
 DATA_STREAM = (
@@ -123,6 +123,7 @@ def build(config, judges: Mapping[str, Reward] | None = None) -> Program:
     decode = _make_decode(pipeline, mesh)
     own = _own_captions(config, pipeline, source, mesh)
     weights = describe_weights(config, pipeline, tx, mesh)
+    tell_undivided(weights)
     frozen = weights.frozen()
     return Program(
         config=config,

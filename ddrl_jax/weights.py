@@ -123,7 +123,6 @@ def describe_weights(
     shapes = jax.eval_shape(init, jax.random.key(0))
     rules = table(config.sharding)
     shardings = params_shardings(pipeline.axes, shapes, mesh, rules)
-    _tell_undivided(undivided(pipeline.axes, shapes, mesh, rules))
     part = "lora" if config.lora.rank else "params"
 
     def fresh(params: Params) -> TrainState:
@@ -138,7 +137,17 @@ def describe_weights(
     return Weights(config, pipeline, mesh, init, shapes, shardings, abstract, start)
 
 
-def _tell_undivided(found: list[str]) -> None:
+def tell_undivided(weights: Weights) -> None:
+    """Names, on process 0, what is whole on every device because it does not divide.
+
+    A run says it once: a plan describes more meshes than the one it is asked for.
+
+    Args:
+      weights: of the mesh of the run.
+    """
+    rules = table(weights.config.sharding)
+    pipeline = weights.pipeline
+    found = undivided(pipeline.axes, weights.shapes, weights.mesh, rules)
     if not found or jax.process_index():
         return
     more = f" and {len(found) - 3} more" if len(found) > 3 else ""

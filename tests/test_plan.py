@@ -5,9 +5,9 @@ import shutil
 
 import jax
 import pytest
+from planned_runs import ONE, made, stable_diffusion, tiny, with_memory
 from tiny_runs import tiny_program
 
-from configs import aesthetic, video_14b
 from ddrl_jax import plan
 from ddrl_jax.chips import CHIPS
 from ddrl_jax.draws import draw_chunks, prompts_of
@@ -18,29 +18,18 @@ from ddrl_jax.plan import search
 from ddrl_jax.plan.hlo import Collective
 from ddrl_jax.plan.links import lay
 from ddrl_jax.plan.lowered import (
-    Compiled,
-    Phase,
-    bytes_per_device,
     compile_phase,
     describe,
 )
 from ddrl_jax.plan.memory import fits, resident
 from ddrl_jax.plan.roofline import bounds, sent
 from ddrl_jax.plan.search import Shown, meshes, suggest
+from ddrl_jax.plan.sizes import bytes_per_device
 from ddrl_jax.plan.target import HERE, Target
 from ddrl_jax.program import build
 from ddrl_jax.sharding import make_mesh
 
-ONE = {"data": 1, "fsdp": 1, "tensor": 1, "context": 1}
 FLAGS = {"devices": "8", "chip": "v5p", "compiler": "cpu"}
-
-
-def tiny(**mesh):
-    c = video_14b.get_config("smoke")
-    c.mesh.update(ONE | mesh)
-    c.prompts.update(per_epoch=4, group_size=4)
-    c.train.microbatch = 1
-    return c
 
 
 @pytest.fixture(scope="module")
@@ -96,15 +85,6 @@ def test_weights_of_another_mesh(planned):
 # ---- Stable Diffusion, and data
 
 
-def stable_diffusion(folder, **edits):
-    c = aesthetic.get_config("smoke")
-    c.model.init = str(folder)
-    c.mesh.data = 1
-    for name, value in edits.items():
-        c[name].update(value)
-    return c
-
-
 def test_stable_diffusion_is_planned_from_its_json_alone(tmp_path):
     """Shapes are those of the program that reads the weights."""
     folder = shutil.copytree(TINY, tmp_path / "model")
@@ -135,14 +115,17 @@ def test_a_model_of_the_hub_is_one_error_without_a_network():
 
 @pytest.mark.parametrize("every_step", [False, True])
 def test_a_data_term_is_planned(every_step):
-    """One more network call of each sample, or of each trained step."""
+    """One more network call of each sample, or of each trained step.
+
+    Beside a frozen base it is two forward passes, itself and the gradient of its input;
+    a call of the policy term is three, one of them again for the ratio of exactly 1."""
     term = {"weight": 0.01, "weighting": "eps", "every_step": every_step}
     with_data = describe(stable_diffusion("assets", data_term=term)).phases[-1]
     without = describe(stable_diffusion("assets")).phases[-1]
     steps = without.arguments[-1][0].old_log_prob.shape[0]
     calls, rows = 2 * steps, steps if every_step else 1  # guidance: two rows a step
     found = [count(p.function, *p.arguments).flops for p in (with_data, without)]
-    assert found[0] / found[1] - 1 == pytest.approx(rows / calls, rel=0.3)
+    assert found[0] / found[1] - 1 == pytest.approx(2 / 3 * rows / calls, rel=0.02)
     assert compile_phase(with_data, make_mesh(ONE)).temporaries > 0
 
 
@@ -173,12 +156,6 @@ def test_an_update_is_four_and_more_rollout_calls(planned):
 
 
 # ---- time
-
-
-def made(name="update", arguments=0, flops=0, dot_bytes=0, collectives=()):
-    phase = Phase(name, None, (), 1)
-    count = Count(flops, 0, dot_bytes, 0)
-    return Compiled(phase, arguments, 0, 0, count, list(collectives), 0.0)
 
 
 def test_bounds_by_hand():
@@ -212,10 +189,6 @@ def test_meshes_are_all_factorisations():
     # 2^2: ten ways over four axes, 3: four ways
     assert len(found) == 40 and len({tuple(m.values()) for m in found}) == 40
     assert all(math.prod(m.values()) == 12 for m in found)
-
-
-def with_memory(size: float):
-    return CHIPS["v5p"]._replace(hbm_bytes=size)
 
 
 def test_the_suggestion_is_compiled_and_small(planned):

@@ -100,6 +100,33 @@ def test_a_condition_that_is_no_count_is_an_error():
         collectives(OF_A_TPU.replace("direction=LT", "direction=NE"), MESH)
 
 
+# What `lax.cond(good, apply, skip)` becomes, by a number and, as of old, by a truth.
+BRANCHES = """HloModule jit_update
+%skip (p: f32[8]) -> f32[8] {
+  ROOT %p = f32[8] parameter(0)
+}
+%apply (p: f32[8]) -> f32[8] {
+  %s = f32[8]{0} all-reduce(%p), replica_groups=[2,4]<=[8], to_apply=%add
+}
+ENTRY %main (p: f32[8]) -> f32[8] {
+  %c = f32[8] conditional(%i, %p, %p), CALLS
+}
+"""
+
+
+@pytest.mark.parametrize(
+    "calls",
+    [
+        "branch_computations={%skip, %apply}",
+        "true_computation=%apply, false_computation=%skip",
+    ],
+)
+def test_every_branch_is_read(calls):
+    (found,) = collectives(BRANCHES.replace("CALLS", calls), MESH)
+    assert (found.kind, found.axes, found.count) == ("all-reduce", ("fsdp",), 1)
+    assert found.bytes == 2 * 3 / 4 * 8 * 4
+
+
 # One all-gather beside two products in a loop, and two exchanges of `shard_map`, which
 # are all on channel 1.
 BESIDE = """HloModule jit_update

@@ -1,6 +1,6 @@
-"""What the memory benchmark counts as a float32 copy of a weight."""
+"""What the memory benchmark counts as a float32 copy of a weight, and where it goes."""
 
-from benchmarks.sd_memory import widened
+from benchmarks.sd_memory import named, widened
 
 PROGRAM = """HloModule jit_update, is_scheduled=true
 
@@ -36,3 +36,8 @@ def test_only_copies_of_arguments_that_are_alive_at_the_peak_count():
     both = PLAN.replace("    convert_fusion.4{}: 32", "    convert.2{}: 128")
     assert widened(PROGRAM, both) == 256 + 128
     assert widened(PROGRAM, "") == 0
+
+
+def test_the_table_of_a_chip_has_a_file_of_its_own():
+    assert named(None).name == "sd_memory.md"
+    assert named("v6e").name == "sd_memory_v6e.md"

@@ -16,6 +16,7 @@ from ddrl_jax.plan.search import Shown, suggest
 from ddrl_jax.plan.sheet import sheet, suggestion_line
 from ddrl_jax.plan.target import Target, choose
 from ddrl_jax.sharding import AXES
+from ddrl_jax.weights import tell_undivided
 
 
 class Settings(NamedTuple):
@@ -47,6 +48,7 @@ def plan_mode(config: Any, flags: Mapping[str, str | None]) -> None:
     config = _whole_mesh(config, settings.devices)
     links = lay(settings.chip, {a: config.mesh[a] for a in AXES}, settings.slices)
     plan = describe(config, settings.target)
+    tell_undivided(plan.weights)
     compiled = [compile_phase(phase, plan.mesh) for phase in plan.phases]
     print(sheet(plan, compiled, links, settings.efficiency), flush=True)
     if settings.suggest:

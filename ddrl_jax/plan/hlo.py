@@ -19,7 +19,11 @@ KINDS = "all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute"
 
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
 _COLLECTIVE = re.compile(rf" = (.*?) ({KINDS})(-start)?\(")
-_CALLED = re.compile(r"(body|calls|to_apply|branch_computations)=\{?(%[^,}\s]+)")
+_CALLED = re.compile(
+    r"(?:body|calls|to_apply|branch_computations|(?:true|false)_computation)="
+    r"(\{[^}]*\}|%[^,}\s]+)"
+)
+_NAME = re.compile(r"%([^,}\s]+)")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 _CONDITION = re.compile(r"condition=%([\w.\-]+)")
 _BELOW = re.compile(r"ROOT .* compare\(%[\w.\-]+, %([\w.\-]+)\), direction=LT")
@@ -104,16 +108,18 @@ def _computations(text: str) -> tuple[dict[str, list[str]], str]:
 
 
 def _runs(bodies: dict[str, list[str]], entry: str) -> dict[str, float]:
-    """How often each computation runs; NaN below a loop of unknown length."""
+    """How often each computation runs; NaN below a loop of unknown length.
+
+    Which branch of a conditional runs is not known: each counts as if it did.
+    """
     runs: dict[str, float] = defaultdict(float)
 
     def visit(name: str, times: float) -> None:
         runs[name] += times
         for line in bodies[name]:
-            for _, called in _CALLED.findall(line):
-                inner = times * _trips(line, bodies)
-                if called[1:] in bodies:
-                    visit(called[1:], inner)
+            called = _NAME.findall(" ".join(_CALLED.findall(line)))
+            for inner in filter(bodies.__contains__, called):
+                visit(inner, times * _trips(line, bodies))
 
     visit(entry, 1.0)
     return runs

@@ -5,7 +5,6 @@ JSON of a diffusers model. The functions are those of `program`: what is planned
 runs, but for "auto" attention where a CPU stands in for GPUs: it has no fused kernel.
 """
 
-import math
 import re
 import time
 from contextlib import nullcontext
@@ -13,7 +12,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -26,6 +24,7 @@ from ddrl_jax.models.pipelines import PIPELINES
 from ddrl_jax.models.stable_diffusion import planned_pipeline
 from ddrl_jax.optim import make_optimizer
 from ddrl_jax.plan.hlo import Collective, collectives
+from ddrl_jax.plan.sizes import AS_SHAPED, Sizes, bytes_per_device, laid_out
 from ddrl_jax.plan.target import HERE, Target, unsaved
 from ddrl_jax.program import (
     chunk_size,
@@ -50,6 +49,7 @@ class Phase(NamedTuple):
     function: Any
     arguments: tuple
     calls: int  # an epoch
+    bytes: int  # of its arguments, on a device
 
 
 class Abstract(NamedTuple):
@@ -64,6 +64,7 @@ class Abstract(NamedTuple):
       chunks: of them in an update.
       phases: rollout and update, in this order; no rollout without a policy term.
       target: whose compiler is asked.
+      sizes: bytes on a device of the arguments that this compiler pads.
     """
 
     config: Any
@@ -74,6 +75,7 @@ class Abstract(NamedTuple):
     chunks: int
     phases: tuple[Phase, ...]
     target: Target
+    sizes: Sizes
 
 
 class Compiled(NamedTuple):
@@ -134,6 +136,7 @@ def describe(config: Any, target: Target = HERE) -> Abstract:
         jit_update(config, objective, tx, weights.abstract),
         (weights.abstract, frozen, reference, (chunk,) * chunks),
         config.train.minibatches * config.train.inner_epochs,
+        0,
     )
     phases = (update,)
     if config.policy.weight:
@@ -142,8 +145,24 @@ def describe(config: Any, target: Target = HERE) -> Abstract:
         steps = len(draw_trained_steps(config, kernel, 0, 1))
         kept = _split(mesh, (steps, size), jnp.int32, 1)
         arguments = (*copies, chunk.keys, chunk.cond, times, kept)
-        phases = (Phase("rollout", make_sample(objective), arguments, total), update)
-    return Abstract(config, mesh, weights, frozen, chunk, chunks, phases, target)
+        rollout = Phase("rollout", make_sample(objective), arguments, total, 0)
+        phases = (rollout, update)
+    found = Abstract(
+        config, mesh, weights, frozen, chunk, chunks, phases, target, AS_SHAPED
+    )
+    return _sized(found)
+
+
+def _sized(plan: Abstract) -> Abstract:
+    """The plan with the bytes of its arguments, as its compiler lays them out."""
+    sizes = AS_SHAPED
+    if plan.target.chip is not None:
+        sizes = laid_out((plan.chunk, [phase.arguments for phase in plan.phases]))
+    phases = tuple(
+        phase._replace(bytes=bytes_per_device(phase.arguments, sizes))
+        for phase in plan.phases
+    )
+    return plan._replace(phases=phases, sizes=sizes)
 
 
 def _rollout_weights(weights: Weights, frozen: Any) -> tuple[Any, Any]:
@@ -239,24 +258,8 @@ def _too_large(
     if "RESOURCE_EXHAUSTED" not in text or asked is None:
         raise error
     size = float(asked[1]) * 2 ** {"K": 10, "M": 20, "G": 30}[asked[2]]
-    arguments = bytes_per_device(phase.arguments)
     # "Used" is of everything, "required for HLO temporaries" of these alone.
-    temporaries = size if "temporaries" in text else size - arguments
+    temporaries = size if "temporaries" in text else size - phase.bytes
     return Compiled(
-        phase, arguments, 0, max(int(temporaries), 0), work, [], seconds, text
+        phase, phase.bytes, 0, max(int(temporaries), 0), work, [], seconds, text
     )
-
-
-def bytes_per_device(tree: Any) -> int:
-    """Bytes of a tree of shapes with shardings on the device that holds most."""
-    total = 0
-    for leaf in jax.tree.leaves(tree):
-        shard = leaf.sharding.shard_shape(leaf.shape)
-        total += math.prod(shard) * _itemsize(leaf.dtype)
-    return total
-
-
-def _itemsize(dtype: Any) -> int:
-    if jnp.issubdtype(dtype, jax.dtypes.prng_key):
-        return 8  # threefry: two words
-    return np.dtype(dtype).itemsize

@@ -2,11 +2,14 @@
 
 What stays is known from shapes and shardings: the state, frozen and reference weights,
 every chunk of the epoch (trajectories of all minibatches, not only of the one at work),
-prompt embeddings, autoencoder, text encoder and the judges' networks. A phase adds its
-copy of the weights, its results and the compiler's temporaries. Pictures, and what a
-judge needs while it looks at them, are not in it.
+prompt embeddings, autoencoder, text encoder and the judges' networks. For a TPU the
+arguments of the phases are as its compiler lays them out, in whole tiles; the last four
+are as their shapes say. A phase adds its copy of the weights, its results and the
+compiler's temporaries. Pictures, and what a judge needs while it looks at them, are not
+in it.
 """
 
+from functools import partial
 from typing import Any
 
 import jax
@@ -15,7 +18,8 @@ import numpy as np
 from ddrl_jax.chips import Chip
 from ddrl_jax.data.prompts import prompt_list
 from ddrl_jax.plan.judges import judge_bytes
-from ddrl_jax.plan.lowered import Abstract, Compiled, bytes_per_device
+from ddrl_jax.plan.lowered import Abstract, Compiled
+from ddrl_jax.plan.sizes import bytes_per_device
 
 MARGIN = 0.92  # of the memory: the rest is the runtime's, and fragments
 
@@ -33,14 +37,14 @@ def chunks_of_epoch(plan: Abstract) -> int:
 def resident(plan: Abstract) -> dict[str, int]:
     """Bytes a device that stay for the whole epoch, by name."""
     state, (_, _, reference, _) = plan.weights.abstract, plan.phases[-1].arguments
+    size = partial(bytes_per_device, sizes=plan.sizes)
     return {
-        "parameters": bytes_per_device(state.params),
-        "frozen base": bytes_per_device(plan.frozen),
-        "reference policy": bytes_per_device(reference[0]) if reference else 0,
-        "optimizer": bytes_per_device(state.opt_state),
-        "average of the weights": bytes_per_device(state.ema),
-        "trajectories of the epoch": chunks_of_epoch(plan)
-        * bytes_per_device(plan.chunk),
+        "parameters": size(state.params),
+        "frozen base": size(plan.frozen),
+        "reference policy": size(reference[0]) if reference else 0,
+        "optimizer": size(state.opt_state),
+        "average of the weights": size(state.ema),
+        "trajectories of the epoch": chunks_of_epoch(plan) * size(plan.chunk),
         "prompt embeddings": _prompts(plan.config)
         * _whole(plan.weights.pipeline.uncond),
         "autoencoder": _whole(
@@ -70,9 +74,10 @@ def own(plan: Abstract, found: Compiled) -> dict[str, int]:
     added = [a for a in jax.tree.leaves(found.phase.arguments) if id(a) not in known]
     # The transitions a rollout hands out are counted with those of the epoch.
     kept = (plan.chunk.trajectory, plan.chunk.x0) if name == "rollout" else ()
+    size = partial(bytes_per_device, sizes=plan.sizes)
     return {
-        "weights of the rollout": bytes_per_device(added),
-        f"results of the {name}": max(found.outputs - bytes_per_device(kept), 0),
+        "weights of the rollout": size(added),
+        f"results of the {name}": max(found.outputs - size(kept), 0),
         f"temporaries of the {name}": found.temporaries,
     }
 

@@ -29,6 +29,8 @@ FASTER = ("named", "dots", "none")
 # Computes what "named" does and keeps it in the host's memory, which the CPU's compiler
 # does not tell from the device's.
 OUTSIDE = "offload"
+# Rows of `resident` that are laid out as what is trained.
+LIKE_WEIGHTS = ("parameters", "reference policy", "optimizer", "average of the weights")
 
 
 class Suggestion(NamedTuple):
@@ -62,13 +64,12 @@ def _divisors(n: int) -> list[int]:
 
 def suitable(config: Any, mesh: dict[str, int], chip: Chip) -> bool:
     """Whether samples, heads and slices divide over a mesh."""
-    shares = mesh["data"] * mesh["fsdp"]
     minibatch = config.prompts.per_epoch * config.prompts.group_size
     minibatch //= config.train.minibatches
     ways = mesh["tensor"] * mesh["context"]
     if config.model.name == "video_dit" and config.model.heads % ways:
         return False
-    if minibatch % shares:
+    if minibatch % _shares(mesh):
         return False
     try:
         lay(chip, mesh)
@@ -112,23 +113,36 @@ class Shown(NamedTuple):
             total += leaf.size * leaf.dtype.itemsize / math.prod(mesh[a] for a in used)
         return total
 
+    def stays(self, mesh: dict[str, int]) -> float:
+        """Bytes a device that stay for the whole epoch, on another mesh.
+
+        A row of `resident` that no law is known of is whole on every device.
+        """
+        here = dict(self.plan.mesh.shape)
+        trained = self.weights(mesh) / self.weights(here)
+        laws: dict[str, float] = dict.fromkeys(LIKE_WEIGHTS, trained)
+        laws["frozen base"] = self._tree("params", mesh) / self._tree("params", here)
+        laws["trajectories of the epoch"] = _shares(here) / _shares(mesh)
+        rows = resident(self.plan)
+        return sum(size * laws.get(name, 1.0) for name, size in rows.items())
+
     def guess(self, mesh: dict[str, int]) -> float:
         """Peak in bytes a device on another mesh, with the same remat."""
-        plan, here = self.plan, dict(self.plan.mesh.shape)
-        trained = [self.weights(m) for m in (here, mesh)]
-        shares = [m["data"] * m["fsdp"] for m in (here, mesh)]
-        rows = resident(plan)
-        stays = rows["prompt embeddings"] + rows["autoencoder"]
-        for name in ("parameters", "reference policy", "optimizer"):
-            stays += rows[name] / trained[0] * trained[1]
-        stays += rows["average of the weights"] / trained[0] * trained[1]
-        stays += self._tree("params", mesh) if plan.config.lora.rank else 0.0
-        stays += rows["trajectories of the epoch"] * shares[0] / shares[1]
+        here = dict(self.plan.mesh.shape)
         tokens = here["context"] / mesh["context"]
-        rollout = [self._rollout(found, mesh, tokens) for found in self.compiled[:-1]]
+        *others, update = self.compiled
+        phases = [self._rollout(found, mesh, tokens) for found in others]
+        phases.append(self._update(update, mesh, tokens))
+        return self.stays(mesh) + max(phases)
+
+    def _update(self, found: Compiled, mesh: dict[str, int], tokens: float) -> float:
+        """Its own part on another mesh: sums of the gradients, and activations."""
+        trained = [self.weights(m) for m in (dict(self.plan.mesh.shape), mesh)]
+        copy, results, temporaries = own(self.plan, found).values()
         # The sum of the gradients, and those of one microbatch.
-        activations = max(self.compiled[-1].temporaries - 2 * trained[0], 0)
-        return stays + max(2 * trained[1] + activations * tokens, *rollout, 0.0)
+        sums = min(2 * trained[0], temporaries)
+        scaled = sums * trained[1] / trained[0]
+        return copy + results + scaled + (temporaries - sums) * tokens
 
     def _rollout(self, found: Compiled, mesh: dict[str, int], tokens: float) -> float:
         """Its own part on another mesh."""
@@ -141,8 +155,16 @@ class Shown(NamedTuple):
         return copy + results + temporaries * tokens
 
 
+def _shares(mesh: dict[str, int]) -> int:
+    """Parts that a batch is split into."""
+    return mesh["data"] * mesh["fsdp"]
+
+
 def suggest(shown: Shown, devices: int, chip: Chip) -> Suggestion | None:
     """Searches device counts from the smallest; compiles what may fit.
+
+    A mesh that was compiled, also the configured one, is not tried again: where it fits
+    it is what smaller ones are looked for from.
 
     Args:
       shown: the run as configured, compiled.
@@ -156,14 +178,17 @@ def suggest(shown: Shown, devices: int, chip: Chip) -> Suggestion | None:
     if shown.plan.config.model.remat != LEAST:
         known = _compiled(shown.plan, dict(shown.plan.mesh.shape), chip)
         tried = len(known.compiled)
+    seen, counts = [dict(known.plan.mesh.shape)], _divisors(devices)
     best: Shown | None = None
-    counts = _divisors(devices)
+    if fits(known.peak, chip):
+        best, counts = known, [n for n in counts if n < known.plan.mesh.size]
     for _ in range(TRIES):
-        mesh = _smallest(known, counts, chip)
+        mesh = _smallest(known, counts, chip, seen)
         if mesh is None:
             break
         # What was compiled last is the better start for the next guess.
         known = _compiled(known.plan, mesh, chip)
+        seen.append(mesh)
         tried += len(known.compiled)
         if fits(known.peak, chip):
             best = known
@@ -198,13 +223,20 @@ def described(
     return describe(config, target._replace(slices=0))
 
 
-def _smallest(known: Shown, counts: list[int], chip: Chip) -> dict[str, int] | None:
-    """The mesh of fewest devices that should fit; of these the least divided one."""
+def _smallest(
+    known: Shown, counts: list[int], chip: Chip, seen: list[dict[str, int]]
+) -> dict[str, int] | None:
+    """The mesh of fewest devices that should fit; of these the least divided one.
+
+    One of `seen` has been compiled: no guess says more of it.
+    """
+    config = known.plan.config
     for count in counts:
         fitting = [
             mesh
             for mesh in meshes(count)
-            if suitable(known.plan.config, mesh, chip) and fits(known.guess(mesh), chip)
+            if mesh not in seen and suitable(config, mesh, chip)
+            if fits(known.guess(mesh), chip)
         ]
         order = ("tensor", "context", "fsdp")
         if fitting:
@@ -234,6 +266,9 @@ def _faster(best: Shown, tried: int, chip: Chip) -> Suggestion:
 
 def _with(best: Shown, remat: str) -> int:
     """Its peak with another policy, in bytes a device; the update is compiled."""
-    mesh, rollout = dict(best.plan.mesh.shape), best.compiled[:-1]
+    mesh = dict(best.plan.mesh.shape)
     plan = described(best.plan.config, mesh, remat, best.plan.target)
-    return Shown(plan, [*rollout, compile_phase(plan.phases[-1], plan.mesh)]).peak
+    update = compile_phase(plan.phases[-1], plan.mesh)
+    # What of a rollout's arguments stays anyway, only the plan it is from can tell.
+    before = [peak(best.plan, found) for found in best.compiled[:-1]]
+    return max([*before, peak(plan, update)])

@@ -55,7 +55,8 @@ def _head(plan: Abstract, links: Links) -> Iterator[str]:
 
 def _memory(plan: Abstract, compiled: list[Compiled], chip: Chip) -> Iterator[str]:
     compiler = f"compiler for {plan.target.name}"
-    yield f"memory a device, GiB (shapes and shardings; temporaries: {compiler})"
+    exact = "shapes and shardings" + (", in tiles" if plan.sizes else "")
+    yield f"memory a device, GiB ({exact}; temporaries: {compiler})"
     stays, peaks = resident(plan), {}
     for name, size in stays.items():
         yield _row(name, size)
@@ -145,6 +146,8 @@ def _phase(
             f"  sent along {'+'.join(axes):22s} {total / GIB:9.3f} GiB "
             f"{bound.links[axes]:9.2f} s  ({counts})"
         )
+    if found.refusal:
+        yield "  sent: not known of what the compiler refused; the time is without it"
     yield f"  at least {bound.seconds:.2f} s, bound by {bound.term}"
 
 
@@ -160,9 +163,11 @@ def _cost(plan: Abstract, compiled: list[Compiled], times: list[Bounds]):
     epoch = sum(found.phase.calls * bound.seconds for found, bound in pairs)
     samples = config.prompts.per_epoch * config.prompts.group_size
     total = config.train.epochs * epoch / HOUR
+    refused = any(found.refusal for found in compiled)
+    sends = ", nor what a refused phase sends" if refused else ""
     yield (
         f"an epoch of {samples} samples: {epoch:.0f} s, {samples * HOUR / epoch:,.0f} "
-        "samples an hour (rewards, decoding and evaluation are not in it)"
+        f"samples an hour (rewards, decoding and evaluation are not in it{sends})"
     )
     yield (
         f"the run of {config.train.epochs} epochs: {total:.1f} hours, "

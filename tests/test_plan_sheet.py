@@ -1,0 +1,30 @@
+"""What a plan says of a phase that its compiler refused."""
+
+import pytest
+from planned_runs import ONE, made, tiny
+
+from ddrl_jax.chips import CHIPS
+from ddrl_jax.plan.hlo import Collective
+from ddrl_jax.plan.links import lay
+from ddrl_jax.plan.lowered import describe
+from ddrl_jax.plan.sheet import sheet
+
+GATHER = Collective("all-gather", ("fsdp",), 2, 3e9, True, "")
+
+
+@pytest.mark.parametrize("refusal", ["", "RESOURCE_EXHAUSTED: Used 99.0G of 15.7G hbm"])
+def test_a_refused_phase_has_a_time_without_communication_and_says_so(refusal):
+    run = describe(tiny(fsdp=4))
+    sends = [] if refusal else [GATHER]
+    found = [
+        made(phase.name, flops=10**12, collectives=sends)._replace(
+            phase=phase, refusal=refusal if phase.name == "update" else ""
+        )
+        for phase in run.phases
+    ]
+    links = lay(CHIPS["v5e"], ONE | {"fsdp": 4})
+    rollout, update = sheet(run, found, links, 0.4).split("\nupdate: ")
+    assert "not known" not in rollout
+    assert ("sent: not known of what the compiler refused" in update) == bool(refusal)
+    assert ("nor what a refused phase sends" in update) == bool(refusal)
+    assert ("sent along fsdp" in update) == (not refusal)
