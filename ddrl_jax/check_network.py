@@ -1,5 +1,6 @@
 """What the sizes of a network, its LoRA and its starting weights must satisfy."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -100,3 +101,35 @@ def check_video(model: Any) -> None:
             wanted=f"a multiple of {divisor}",
             way_out=f"change {whole}",
         )
+
+
+def video_tokens(model: Any) -> int:
+    """How many tokens a video is cut into."""
+    video = model.video
+    return video.frames * (video.height // model.patch) * (video.width // model.patch)
+
+
+def check_context(model: Any, context: int) -> None:
+    """Refuses a context axis over which the tokens of a video do not divide.
+
+    They would be whole on every device of it, and all of them would do the same work.
+
+    Args:
+      model: config.model.
+      context: size of the axis.
+
+    Raises:
+      UserError: names both numbers.
+    """
+    if model.name != "video_dit":
+        return
+    tokens = video_tokens(model)
+    require(
+        tokens % context == 0,
+        "mesh.context does not divide the tokens of a video",
+        got=f"frames x height / patch x width / patch = {tokens} tokens, "
+        f"mesh.context {context}",
+        wanted=f"a divisor of {tokens}: else every device has all of them",
+        way_out=f"set mesh.context to {math.gcd(tokens, context)}, or change "
+        "model.video or model.patch",
+    )

@@ -19,7 +19,7 @@ from ddrl_jax.learner import Minibatch, TrainState
 from ddrl_jax.metrics import ONLY_AT_END, Metrics, ProgressBar, Timer
 from ddrl_jax.metrics_file import continue_from, written_steps
 from ddrl_jax.mfu import Utilization
-from ddrl_jax.models.attention import implementations
+from ddrl_jax.models.attention import WHOLE, implementations
 from ddrl_jax.preemption import Preemption
 from ddrl_jax.profile import Epochs, Profile
 from ddrl_jax.program import Program, build
@@ -151,8 +151,11 @@ def attention_line(program: Program) -> str:
         batch(()),
         jax.tree.map(lambda c: batch(c.shape[1:], c.dtype), program.cond_table),
     )
+    context = program.mesh.shape["context"]
+    undivided = f" of sequences that mesh.context {context} does not divide"
+    said = ", ".join(name.replace(WHOLE, undivided) for name in names)
     backend = program.mesh.devices.flat[0].platform
-    return f"attention: {', '.join(names)} ({backend}, {program.config.model.dtype})"
+    return f"attention: {said} ({backend}, {program.config.model.dtype})"
 
 
 def say_goodbye(stop: Preemption, epoch: int) -> None:

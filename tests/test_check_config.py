@@ -8,6 +8,7 @@ from edited_config import configured, refused
 
 from ddrl_jax.check_config import check_config, notes
 from ddrl_jax.config_file import load_config
+from ddrl_jax.errors import UserError
 
 CONFIGS = pathlib.Path(__file__).resolve().parents[1] / "configs"
 PARTS = {"base", "smoke", "ddpo_sd"}  # of experiments
@@ -173,6 +174,18 @@ def test_the_mesh_covers_the_devices_and_splits_the_samples(case):
         return
     error = refused(edits, devices)
     assert "mesh" in str(error) and "way out" in str(error)
+
+
+def test_a_context_axis_divides_the_tokens_of_a_video():
+    config = load_config(f"{CONFIGS / 'video_14b'}.py:smoke")
+    config.mesh.update(data=1, context=-1)
+    check_config(config, 8)
+    config.model.video.frames = 3  # of 8 x 8 latents in patches of 2 x 2: 48 tokens
+    check_config(config, 16)
+    with pytest.raises(UserError) as caught:
+        check_config(config, 32)
+    assert "48 tokens, mesh.context 32" in str(caught.value)
+    assert "set mesh.context to 16" in str(caught.value)
 
 
 # ---- the experiments

@@ -1,19 +1,23 @@
 """What the others of a run are told when one can not go on, before any training."""
 
 import os
+import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 from process_runs import MAIN, ROOT, ends, free_port, process, start
 
+from ddrl_jax.distributed import HEARTBEAT
 from ddrl_jax.errors import EXIT_AGAIN, EXIT_ERROR
 
 # Longer than gloo waits (30 s) for a process that it was never connected to.
 LATE = """
 import os, sys, time
 from ddrl_jax.distributed import is_main, joined, leave, main_first
+from ddrl_jax.distributed import HEARTBEAT
 from ddrl_jax.errors import UserError
 from ddrl_jax.surroundings import place
 
@@ -110,3 +114,45 @@ def test_a_network_that_is_gone_ends_all_in_30_seconds(tmp_path):
         assert written.stat().st_mtime - ready < 30
         assert f"process {1 - i} " in written.read_text()
         assert "is not reached any more" in written.read_text()
+
+
+def working(folder: Path) -> list[subprocess.Popen]:
+    """Two processes that have met and now have nothing to tell each other."""
+    folder.mkdir()
+    shared = {"DDRL_COORDINATOR": f"127.0.0.1:{free_port()}", "DDRL_PROCESSES": "2"}
+    shared |= {"JAX_NUM_CPU_DEVICES": "1", "READY": str(folder)}
+    return [
+        subprocess.Popen(
+            [sys.executable, "-c", WORKING],
+            cwd=ROOT,
+            env=os.environ | shared | {"DDRL_PROCESS": str(i)},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for i in range(2)
+    ]
+
+
+@pytest.mark.slow
+def test_one_that_stands_still_ends_the_other_and_then_itself(tmp_path):
+    """Its connection is open and answered by the kernel: only heartbeats are missed."""
+    runs = [working(tmp_path / name) for name in "01"]  # run i stops its process i
+    try:
+        limit = time.monotonic() + 120
+        while len([*tmp_path.glob("*/*.ready")]) < 4:
+            assert time.monotonic() < limit
+            time.sleep(0.1)
+        for i in range(2):
+            runs[i][i].send_signal(signal.SIGSTOP)
+        for i in range(2):
+            _, errors = runs[i][1 - i].communicate(timeout=2 * HEARTBEAT)
+            assert runs[i][1 - i].returncode == -signal.SIGABRT  # a shell's 134
+            assert "the JAX distributed service detected fatal errors" in errors
+        for i in range(2):
+            runs[i][i].send_signal(signal.SIGCONT)
+            _, errors = runs[i][i].communicate(timeout=60)
+            assert runs[i][i].returncode == EXIT_AGAIN, errors
+            assert f"process {1 - i} " in errors and "Traceback" not in errors
+    finally:
+        for process in (*runs[0], *runs[1]):
+            process.kill()

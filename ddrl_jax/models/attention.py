@@ -19,6 +19,7 @@ LONG = 2**22  # weights a head from which they are not all held at once
 SPLASH_FROM = 1024  # queries; below, the kernel's blocks are too few to pay
 OPAQUE = ("cudnn", "splash")  # XLA can not divide them over a mesh by itself
 SCOPE = "attention_"  # what a profile and a jaxpr call an attention, with its name
+WHOLE = "_whole"  # after the name, where every context shard has all of the tokens
 
 
 class Call(NamedTuple):
@@ -129,8 +130,8 @@ def attention(
       UserError: one that can not compute this here.
     """
     call = describe(q, k, mask, mesh)
-    whole = impl in DIVIDING and call.context > 1 and call.queries != call.keys
-    if impl == "auto" or whole:
+    over_another = impl in DIVIDING and call.context > 1 and call.queries != call.keys
+    if impl == "auto" or over_another:
         impl = choose(call)
     run = IMPLEMENTATIONS[impl]
     if (reason := refusal(impl, call)) is not None:
@@ -140,12 +141,16 @@ def attention(
             wanted=reason[1],
             way_out='set config.model.attention to "auto"',
         )
-    with jax.named_scope(SCOPE + impl):
+    whole = call.queries % call.context > 0 and impl not in DIVIDING  # which pad
+    with jax.named_scope(SCOPE + impl + WHOLE * whole):
         return run(q, k, v, mask, mesh)
 
 
 def implementations(fn: Callable, *abstract_args: Any) -> tuple[str, ...]:
     """The names under which a function's attention runs; it is only traced.
+
+    A name with WHOLE after it is of sequences that the context axis does not divide:
+    right, and the same work on every device of the axis.
 
     Args:
       fn: traceable by JAX.
@@ -153,7 +158,7 @@ def implementations(fn: Callable, *abstract_args: Any) -> tuple[str, ...]:
     """
     jaxpr = jax.make_jaxpr(fn)(*abstract_args).jaxpr
     text = jaxpr.pretty_print(name_stack=True)
-    return tuple(sorted(set(re.findall(rf"\b{SCOPE}([a-z]+)", text))))
+    return tuple(sorted(set(re.findall(rf"\b{SCOPE}([a-z]+(?:{WHOLE})?)", text))))
 
 
 def describe(q: Array, k: Array, mask: Array | None, mesh: Mesh | None) -> Call:

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import jax
 from jax.sharding import AbstractMesh
 
+from ddrl_jax.check_network import video_tokens
 from ddrl_jax.chips import Chip
 from ddrl_jax.errors import UserError
 from ddrl_jax.plan.links import lay
@@ -63,12 +64,14 @@ def _divisors(n: int) -> list[int]:
 
 
 def suitable(config: Any, mesh: dict[str, int], chip: Chip) -> bool:
-    """Whether samples, heads and slices divide over a mesh."""
+    """Whether samples, heads, tokens and slices divide over a mesh."""
     minibatch = config.prompts.per_epoch * config.prompts.group_size
     minibatch //= config.train.minibatches
     ways = mesh["tensor"] * mesh["context"]
-    if config.model.name == "video_dit" and config.model.heads % ways:
-        return False
+    if config.model.name == "video_dit":
+        tokens = video_tokens(config.model)
+        if config.model.heads % ways or tokens % mesh["context"]:
+            return False
     if minibatch % _shares(mesh):
         return False
     try:

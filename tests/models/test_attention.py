@@ -146,6 +146,10 @@ def test_a_function_tells_which_attention_it_runs():
     assert implementations(spread, short) == ("ring",)  # 1 head
     two = jax.ShapeDtypeStruct((1, 30, 2, 4), "float32")
     assert implementations(spread, two) == ("ulysses", "xla")
+    odd = jax.ShapeDtypeStruct((1, 31, 1, 4), "float32")
+    assert implementations(spread, odd) == ("xla_whole",)  # on both devices the same
+    padded = lambda x: attention(x, x, x, impl="ring", mesh=mesh)  # noqa: E731
+    assert implementations(padded, odd) == ("ring",)
 
 
 @pytest.mark.parametrize(
