@@ -142,24 +142,26 @@ def rollout(
     memory = _no_memory(kernel, x)
     number, rows = _slots(trained, times.shape[0])
     states = jnp.zeros((number.shape[0], *x.shape), x.dtype)
-    states = _keep(states, x, number == 0)
     kept = _empty(trained, memory)
 
     def body(carry, item):
         x, memory, states, kept = carry
         index, time = item
+        # Out of the carry, which is memory: what is read and what is kept are the same
+        # bits, where a compiler may compute a fresh state twice and round it twice.
+        states = _keep(states, x, number == index)
         step, remembered = transition(policy, kernel, x, time, cond, memory)
         step_keys = jax.vmap(lambda k: jax.random.fold_in(k, index + 1))(keys)
         x_s = step.sample(step_keys)
         new = _Kept(score(step, x_s), time, memory)
         write = partial(_keep, here=trained == index)
         kept = jax.tree.map(write, kept, new)
-        states = _keep(states, x_s, number == index + 1)
         return (x_s, remembered, states, kept), None
 
     indices = jnp.arange(times.shape[0])
     carry, _ = jax.lax.scan(body, (x, memory, states, kept), (indices, times))
     x, _, states, kept = carry
+    states = _keep(states, x, number == times.shape[0])
     found = Trajectory(states, rows, kept.log_prob, kept.time, trained, kept.memory)
     return x, found
 
