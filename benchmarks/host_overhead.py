@@ -76,11 +76,21 @@ def child(out: str, argv: list[str]) -> None:
       out: a JSON file.
       argv: as of ddrl_jax.main.
     """
-    import ddrl_jax.train as loop
-    from ddrl_jax import distributed, preemption
     from ddrl_jax.main import run
 
     clock = Clock()
+    watched(clock)
+    status = run(argv, join=True)
+    Path(out).write_text(json.dumps(clock.epochs))
+    sys.exit(status)
+
+
+def watched(clock: Clock) -> None:
+    """Puts the clock around what a training run calls."""
+    import ddrl_jax.train as loop
+    from ddrl_jax import collect as experience
+    from ddrl_jax import distributed, preemption
+
     build, collect = loop.build, loop.collect
 
     def built(*arguments: Any) -> Any:
@@ -96,10 +106,9 @@ def child(out: str, argv: list[str]) -> None:
     loop.build, loop.collect = built, collected
     every = clock.timed("agreement", distributed.every)
     distributed.every = preemption.every = every
+    # Which samples are finite, of all processes.
+    experience.to_host = clock.timed("agreement", experience.to_host)
     loop.RewardPool.collect = clock.timed("judges", loop.RewardPool.collect)
-    status = run(argv, join=True)
-    Path(out).write_text(json.dumps(clock.epochs))
-    sys.exit(status)
 
 
 def measure(processes: int, folder: Path) -> dict[str, list[float]]:
@@ -187,8 +196,9 @@ def table(found: dict[int, dict[str, list[float]]], load: float) -> str:
         "",
         "Own: the main thread outside jitted rollout, update and advantages, outside",
         "waiting for judges and outside agreement: drawing, placing batches, metrics.",
-        "Agreement: stop flags, rewards of the other processes, the check that all do",
-        "the same; on the wall it contains waiting for the slowest process.",
+        "Agreement: stop flags, rewards of the other processes and which samples are",
+        "finite, the check that all do the same; on the wall it contains waiting for",
+        "the slowest process.",
         f"With more processes than the {os.cpu_count()} cores (and other work on them)",
         "the wall times measure the queue for a core; the processor times do not.",
     ]

@@ -77,8 +77,12 @@ def _initialize(where: Place | None) -> bool:
     if where is not None and where.processes == 1:
         return False
     # Through a web proxy gRPC would not reach the coordinator; empty means none, and
-    # only to gRPC: downloads keep the proxy.
+    # only to gRPC: downloads keep the proxy. JAX warns of every variable of that kind,
+    # which is of use only where somebody else's says what gRPC does.
+    ours = "grpc_proxy" not in os.environ
     os.environ.setdefault("grpc_proxy", "")
+    if ours:
+        jax.config.update("jax_check_proxy_envs", False)
     # SIGTERM is read by ddrl_jax.preemption.
     jax.config.update("jax_enable_preemption_service", False)
     options: dict[str, Any] = {

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+import optax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jax.tree_util import Partial
@@ -149,11 +150,15 @@ def build(config, judges: Mapping[str, Reward] | None = None) -> Program:
         advantages=jax.jit(make_advantages(config)),
         select=jax.jit(make_selection(config, chunk_size(config, mesh))),
         update=jit_update(config, objective, tx, weights.abstract),
-        refresh=jax.jit(
-            lambda state: state._replace(opt_state=tx.init(state.params)),
-            donate_argnames="state",
-            out_shardings=jax.tree.map(lambda leaf: leaf.sharding, weights.abstract),
-        ),
+        refresh=_make_refresh(tx, weights.abstract),
+    )
+
+
+def _make_refresh(tx: optax.GradientTransformation, abstract: TrainState) -> Callable:
+    return jax.jit(
+        lambda state: state._replace(opt_state=tx.init(state.params)),
+        donate_argnames="state",
+        out_shardings=jax.tree.map(lambda leaf: leaf.sharding, abstract),
     )
 
 

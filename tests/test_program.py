@@ -262,3 +262,10 @@ def test_more_texts_than_a_device_holds(monkeypatch):
     each = int(re.search(r"4 of (\d+) bytes", str(error.value))[1])
     assert f"--config.prompts.limit={50 // each}" in error.value.way_out
     tiny_program({"prompts.list": WORDS, "prompts.limit": 50 // each})
+
+
+def test_a_run_names_what_does_not_divide(capsys):
+    tiny_program({"mesh.data": 1, "mesh.tensor": 8, "model.heads": 8})
+    told = capsys.readouterr().err
+    assert told.count("whole on every device") == 1
+    assert "vocab 316 over tensor 8" in told
