@@ -1,4 +1,4 @@
-"""What a plan says of a phase that its compiler refused."""
+"""What a plan says of a phase that its compiler refused, and of the host's memory."""
 
 import pytest
 from planned_runs import ONE, made, tiny
@@ -28,3 +28,14 @@ def test_a_refused_phase_has_a_time_without_communication_and_says_so(refusal):
     assert ("sent: not known of what the compiler refused" in update) == bool(refusal)
     assert ("nor what a refused phase sends" in update) == bool(refusal)
     assert ("sent along fsdp" in update) == (not refusal)
+
+
+@pytest.mark.parametrize("size", [0, 3 * 2**30])
+def test_what_is_kept_in_the_host_is_a_row_and_no_part_of_the_peak(size):
+    run = describe(tiny(fsdp=4))
+    rollout, update = (made(p.name)._replace(phase=p) for p in run.phases)
+    links = lay(CHIPS["v5e"], ONE | {"fsdp": 4})
+    text = sheet(run, [rollout, update._replace(host=size)], links, 0.4)
+    rows = [line.split() for line in text.splitlines() if "in the host" in line]
+    assert rows == ([["beside", "it", "in", "the", "host", "3.000"]] if size else [])
+    assert "fits, with" in text

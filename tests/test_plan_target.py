@@ -99,6 +99,18 @@ def test_a_run_compiles_for_tpus_and_for_the_cpu_alike():
 
 
 @tpu
+@pytest.mark.slow
+@pytest.mark.parametrize("remat", ["named", "offload"])
+def test_what_a_policy_keeps_in_the_host_is_told_by_the_compiler(remat):
+    """Both keep the same of each block; one of them keeps it outside the device."""
+    config = tiny()
+    config.model.remat = remat
+    plan = describe(config, Target("tpu", CHIPS["v5e"]))
+    found = compile_phase(plan.phases[-1], plan.mesh)
+    assert (found.host > 0) == (remat == "offload")
+
+
+@tpu
 def test_what_does_not_fit_is_said_with_its_size():
     mesh = make_mesh(ONE, Target("tpu", CHIPS["v5e"]).devices(ONE))
     large = jax.ShapeDtypeStruct((2**16, 2**16), "float32", sharding=on(mesh))

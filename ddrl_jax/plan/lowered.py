@@ -91,6 +91,8 @@ class Compiled(NamedTuple):
       seconds: of lowering and compiling.
       refusal: of a compiler that knows the chip's memory and found it too small:
         `temporaries` are what it asked for, collectives are not known; "" if it did.
+      host: bytes of each device that it keeps in its host's memory meanwhile, as remat
+        "offload" does; 0 by a compiler that does not know that memory.
     """
 
     phase: Phase
@@ -101,6 +103,7 @@ class Compiled(NamedTuple):
     collectives: list[Collective]
     seconds: float
     refusal: str = ""
+    host: int = 0
 
 
 def describe(config: Any, target: Target = HERE) -> Abstract:
@@ -247,6 +250,7 @@ def compile_phase(phase: Phase, mesh: Mesh) -> Compiled:
         work,
         collectives(compiled.as_text(), dict(mesh.shape)),
         seconds,
+        host=memory.host_temp_size_in_bytes,
     )
 
 

@@ -68,6 +68,8 @@ def _memory(plan: Abstract, compiled: list[Compiled], chip: Chip) -> Iterator[st
                 yield _row(name, size)
         peaks[found.phase.name] = peak(plan, found)
         yield _row(f"peak of the {found.phase.name}", peaks[found.phase.name])
+        if found.host:
+            yield _row("beside it in the host", found.host)
     most = max(peaks.values())
     room = MARGIN * chip.hbm_bytes - most
     verdict = "fits, with" if fits(most, chip) else "DOES NOT FIT, short of"

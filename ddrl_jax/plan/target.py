@@ -2,8 +2,10 @@
 
 libtpu holds the compiler of TPUs and needs no TPU for it, only the shape of a slice
 (https://docs.jax.dev/en/latest/aot.html, "AOT for other devices"). What it says of
-memory and collectives is what the chip will run. GPUs have no such compiler: for them
-the plan is the CPU compiler's.
+memory and collectives is what the chip runs with the same flags: libtpu reads those in
+LIBTPU_INIT_ARGS, where launch/run.sh puts some for a run and a plan puts none
+(`. launch/xla_flags.sh tpu` before a plan takes them along). GPUs have no such
+compiler: for them the plan is the CPU compiler's.
 """
 
 import contextlib
