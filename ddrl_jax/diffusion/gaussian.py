@@ -63,29 +63,11 @@ def reduce_latent(values: Float[Array, "b *x"], reduction: str) -> Float[Array, 
             f"unknown reduction: got {reduction!r}, wanted 'mean' or 'sum'; "
             "set policy.reduction to one of them"
         )
+    # A matrix product, because its order of additions depends on the shape alone; a
+    # reduction is compiled into the loop around it and adds in that loop's order.
     rows = rounded(values.reshape(values.shape[0], -1))
-    total = _total(rows)
+    total = jnp.matmul(rows, jnp.ones(rows.shape[1]), precision="highest")
     return rounded(total) / rows.shape[1] if reduction == "mean" else total
-
-
-@jax.custom_jvp
-def _total(rows: Float[Array, "b n"]) -> Float[Array, " b"]:
-    """The sum of each row, in an order of additions that is written down here.
-
-    A reduction is compiled into the loop around it and adds in that loop's order, and
-    so, in a loop that XLA compiles as one function, does a matrix product. Additions of
-    halves are element-wise, and no compiler reorders those.
-    """
-    while rows.shape[1] > 1:
-        rows = jnp.pad(rows, ((0, 0), (0, rows.shape[1] % 2)))
-        half = rows.shape[1] // 2
-        rows = rows[:, :half] + rows[:, half:]
-    return rows[:, 0]
-
-
-@_total.defjvp
-def _total_jvp(primals, tangents):
-    return _total(*primals), jnp.sum(tangents[0], axis=1)  # transposed: a broadcast
 
 
 class Gaussian(NamedTuple):
