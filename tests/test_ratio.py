@@ -14,12 +14,14 @@ from tiny_runs import (
     tiny_program,
 )
 
+from configs import quickstart
 from ddrl_jax.collect import Collected
 from ddrl_jax.data.prompts import draw_prompts
 from ddrl_jax.diffusion.kernels import KERNELS
 from ddrl_jax.draws import draw_chunks
 from ddrl_jax.errors import UserError
 from ddrl_jax.objectives.advantages import PerPromptTracker
+from ddrl_jax.program import build
 from ddrl_jax.self_test import check_ratio, ratio_deviations
 from ddrl_jax.train import update_epoch
 
@@ -240,3 +242,12 @@ def test_an_epoch_that_was_not_on_policy_ends_the_run(small):
     told(program, (2e-3, 0.5), tolerance=1e-2)
     told(program, (np.nan, 0.5))  # was skipped, which is counted
     told(program, (2e-3, 0.5), metrics={"reward/not_finite": 1.0})
+
+
+@pytest.mark.slow
+def test_the_quickstart_as_shipped_is_on_policy():
+    """Full size: sums compile differently in a network of another width."""
+    config = quickstart.get_config()
+    config.mesh.data = 1  # of the eight of the tests
+    program = build(config)
+    check_ratio(program, program.new_state())
