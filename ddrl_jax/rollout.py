@@ -44,7 +44,7 @@ def guided(denoise: Policy, uncond: Cond, scale: float) -> Policy:
         out = denoise(_interleaved(z, z), _interleaved(time, time), both)
         pairs = out.reshape(-1, 2, *out.shape[1:])
         without, with_prompt = pairs[:, 0], pairs[:, 1]
-        return without + scale * (with_prompt - without)
+        return without + rounded(scale * (with_prompt - without))
 
     return policy
 

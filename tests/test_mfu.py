@@ -22,7 +22,6 @@ from ddrl_jax.train import train
 D, BATCH, CHUNKS = 16, 4, 2  # of TINY: width, microbatch, chunks an epoch
 STEPS, NOISY = 4, 3  # of its sampler: the last step adds no noise and is not trained
 STAGES = ("rollout", "update")
-SCORE = 2 * 16 * 16 * 3  # a log-probability: one product of two pictures
 CELLS, WINDOW = 16, 2 * 4 * 2 * 4 * 3  # patches of 16 px, values of a window of two
 
 
@@ -68,11 +67,11 @@ def test_the_work_of_an_epoch_is_what_the_hand_counts():
     model FLOPs. Two updates an epoch share its chunks."""
     work, forward, embed = _work()
     samples = BATCH * CHUNKS
-    assert work.rollout.flops == samples * STEPS * (forward + SCORE)
+    assert work.rollout.flops == samples * STEPS * forward
     assert (work.rollout.recomputed, work.rollout.loops) == (0, 0)
     model = work.update.flops - work.update.recomputed
-    assert model == samples * NOISY * (3 * forward - embed + 2 * SCORE)
-    assert 0 < work.update.recomputed <= samples * NOISY * (forward + SCORE)
+    assert model == samples * NOISY * (3 * forward - embed)
+    assert 0 < work.update.recomputed <= samples * NOISY * forward
 
 
 def test_remat_adds_work_but_no_model_work():
@@ -90,10 +89,9 @@ def test_inner_epochs_guidance_and_recomputed_log_probs_add_up():
         }
     )
     samples = BATCH * CHUNKS
-    assert work.rollout.flops == samples * (STEPS + NOISY) * (2 * forward + SCORE)
+    assert work.rollout.flops == samples * (STEPS + NOISY) * 2 * forward
     model = work.update.flops - work.update.recomputed
-    trained = 2 * (3 * forward - embed) + 2 * SCORE
-    assert model == 3 * samples * NOISY * trained
+    assert model == 3 * samples * NOISY * 2 * (3 * forward - embed)
 
 
 def test_without_a_policy_term_there_is_no_rollout():

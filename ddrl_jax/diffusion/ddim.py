@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from ddrl_jax.diffusion.gaussian import Gaussian, Level, per_sample, weighted
+from ddrl_jax.diffusion.gaussian import Gaussian, Level, quotient, rounded, weighted
 
 
 def ddim_step(
@@ -37,7 +37,7 @@ def ddim_step(
     # it above 1 (abar_t / abar_s >= abar_t), so the root below needs no clamp.
     fresh = (1.0 - abar_t / abar_s) / (1.0 - abar_t)
     std = eta * jnp.sqrt((1.0 - abar_s) * fresh)
-    kept = jnp.sqrt((1.0 - abar_s) * (1.0 - eta * eta * fresh))
+    kept = jnp.sqrt((1.0 - abar_s) * (1.0 - rounded(eta * eta * fresh)))
     noise = weighted(jnp.sqrt(1.0 - abar_t), eps)
-    x0 = (x - noise) / per_sample(jnp.sqrt(abar_t), x)
+    x0 = quotient(x - noise, jnp.sqrt(abar_t))
     return Gaussian(weighted(jnp.sqrt(abar_s), x0) + weighted(kept, eps), std)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from ddrl_jax.diffusion.gaussian import Gaussian, Level, weighted
+from ddrl_jax.diffusion.gaussian import Gaussian, Level, log, rounded, weighted
 
 MAX_ETA = 1.2**0.5 - 1.0  # the release's bound: no step adds over a fifth in variance
 
@@ -61,12 +61,12 @@ def churned_ab2_step(
     sigma_hat = jnp.asarray(sigma_hat, jnp.float32)
     sigma_s, eta = jnp.asarray(sigma_s, jnp.float32), jnp.asarray(eta, jnp.float32)
     r = sigma_s / sigma_hat
-    std = sigma_s * jnp.sqrt(eta * eta + 2.0 * eta)
+    std = sigma_s * jnp.sqrt(rounded(eta * eta) + rounded(2.0 * eta))
     euler = weighted(r, x_hat) + weighted(1.0 - r, x0)
     if x0_previous is None or sigma_hat_previous is None:
         return Gaussian(euler, std)
     # A difference of logs, not a log of the ratio: its gradient is finite at +inf.
-    before = jnp.log(jnp.asarray(sigma_hat_previous, jnp.float32))
-    extrapolate = (-jnp.log(r) - 1.0 + r) / (before - jnp.log(sigma_hat))
+    before = log(jnp.asarray(sigma_hat_previous, jnp.float32))
+    extrapolate = (-log(r) - 1.0 + r) / (before - log(sigma_hat))
     change = x0 - jnp.asarray(x0_previous, jnp.float32)
     return Gaussian(euler + weighted(extrapolate, change), std)

@@ -6,7 +6,7 @@ Symbols: v = eps - x0 the velocity, sigma -> sigma' the step, dt = sigma' - sigm
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from ddrl_jax.diffusion.gaussian import Gaussian, Level, weighted
+from ddrl_jax.diffusion.gaussian import Gaussian, Level, rounded, weighted
 
 
 def _float32(*values: Level) -> list[Array]:
@@ -46,8 +46,8 @@ def flow_grpo_step(
     sigma_star = jnp.where(sigma == 1.0, top, sigma)
     g2_over_2sigma = a * a / (2.0 * (1.0 - sigma_star))
     g = a * jnp.sqrt(sigma / (1.0 - sigma_star))
-    keep = 1.0 + g2_over_2sigma * dt
-    move = (1.0 + g2_over_2sigma * (1.0 - sigma)) * dt
+    keep = 1.0 + rounded(g2_over_2sigma * dt)
+    move = (1.0 + rounded(g2_over_2sigma * (1.0 - sigma))) * dt
     mean = weighted(keep, x) + weighted(move, velocity)
     return Gaussian(mean, g * jnp.sqrt(-dt))
 

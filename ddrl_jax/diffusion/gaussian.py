@@ -19,6 +19,9 @@ Level = Real[ArrayLike, ""] | Real[ArrayLike, " b"]
 Keys = Key[Array, ""] | Key[Array, " b"] | UInt32[Array, " 2"] | UInt32[Array, "b 2"]
 
 HALF_LOG_2PI = 0.5 * math.log(2.0 * math.pi)
+# ln 2 in two parts; the first is so short that its product with an exponent is exact.
+_LN2_HIGH = 0.693359375
+_LN2_LOW = math.log(2.0) - _LN2_HIGH
 
 
 @jax.custom_jvp
@@ -52,6 +55,44 @@ def weighted(coefficient: Level, x: Float[Array, "b *x"]) -> Float[Array, "b *x"
     return rounded(per_sample(coefficient, x) * x)
 
 
+def quotient(x: Float[Array, "b *x"], level: Level) -> Float[Array, "b *x"]:
+    """x / level for a scalar or [b] level, as a product with its reciprocal.
+
+    Which is what compilers make of such a division in some programs and not in others.
+    """
+    return weighted(1.0 / rounded(jnp.asarray(level, jnp.float32)), x)
+
+
+@jax.custom_jvp
+def log(x: Array) -> Array:
+    """The natural logarithm of float32, the same bits in every program.
+
+    Compilers have a polynomial for it, and contract that one where they please. Here
+    x = 2^k m with m in [sqrt(1/2), sqrt(2)), and with r = (m - 1) / (m + 1)
+    log m = 2 (r + r^3/3 + r^5/5 + r^7/7 + r^9/9), which leaves out less than 1e-8 of
+    it. Of 0, numbers below it, those without an exponent of their own (subnormal) and
+    those that are not finite it is what jnp.log says.
+    """
+    x = jnp.asarray(x, jnp.float32)
+    ordinary = (x >= jnp.finfo(jnp.float32).tiny) & (x < jnp.inf)
+    mantissa, exponent = jnp.frexp(jnp.where(ordinary, x, 1.0))
+    small = mantissa < math.sqrt(0.5)
+    m = jnp.where(small, 2.0 * mantissa, mantissa)
+    k = jnp.where(small, exponent - 1, exponent).astype(jnp.float32)
+    r = rounded((m - 1.0) / rounded(m + 1.0))
+    square = rounded(r * r)
+    series = jnp.float32(1.0 / 9.0)
+    for odd in (7.0, 5.0, 3.0, 1.0):
+        series = 1.0 / odd + rounded(square * series)
+    rest = rounded(_LN2_LOW * k) + rounded(2.0 * rounded(r * series))
+    return jnp.where(ordinary, rounded(_LN2_HIGH * k) + rest, jnp.log(x))
+
+
+@log.defjvp
+def _log_jvp(primals, tangents):
+    return log(*primals), tangents[0] / primals[0]
+
+
 def reduce_latent(values: Float[Array, "b *x"], reduction: str) -> Float[Array, " b"]:
     """The mean or the sum over the latent axes.
 
@@ -63,11 +104,29 @@ def reduce_latent(values: Float[Array, "b *x"], reduction: str) -> Float[Array, 
             f"unknown reduction: got {reduction!r}, wanted 'mean' or 'sum'; "
             "set policy.reduction to one of them"
         )
-    # A matrix product, because its order of additions depends on the shape alone; a
-    # reduction is compiled into the loop around it and adds in that loop's order.
     rows = rounded(values.reshape(values.shape[0], -1))
-    total = jnp.matmul(rows, jnp.ones(rows.shape[1]), precision="highest")
+    total = _total(rows)
     return rounded(total) / rows.shape[1] if reduction == "mean" else total
+
+
+@jax.custom_jvp
+def _total(rows: Float[Array, "b n"]) -> Float[Array, " b"]:
+    """The sum of each row, in an order of additions that is written down here.
+
+    A reduction is compiled into the loop around it and adds in that loop's order, and
+    so, in a loop that XLA compiles as one function, does a matrix product. Additions of
+    halves are element-wise, and no compiler reorders those.
+    """
+    while rows.shape[1] > 1:
+        rows = jnp.pad(rows, ((0, 0), (0, rows.shape[1] % 2)))
+        half = rows.shape[1] // 2
+        rows = rows[:, :half] + rows[:, half:]
+    return rows[:, 0]
+
+
+@_total.defjvp
+def _total_jvp(primals, tangents):
+    return _total(*primals), jnp.sum(tangents[0], axis=1)  # transposed: a broadcast
 
 
 class Gaussian(NamedTuple):
@@ -111,10 +170,10 @@ class Gaussian(NamedTuple):
         mean = rounded(jnp.asarray(self.mean, jnp.float32))
         std = rounded(jnp.asarray(self.std, jnp.float32))
         error = rounded(rounded(jnp.asarray(x, jnp.float32)) - mean)
-        z = rounded(error / per_sample(std, mean))
+        z = quotient(error, std)
         count = 1 if reduction == "mean" else math.prod(mean.shape[1:])
         square = rounded(reduce_latent(rounded(z * z), reduction))
-        constant = rounded(count * rounded(jnp.log(std) + HALF_LOG_2PI))
+        constant = rounded(count * rounded(log(std) + HALF_LOG_2PI))
         return rounded(rounded(-0.5 * square) - constant)
 
     def kl(self, other: "Gaussian", reduction: str = "mean") -> Float[Array, " b"]:

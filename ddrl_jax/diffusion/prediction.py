@@ -18,30 +18,32 @@ from collections.abc import Callable
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from ddrl_jax.diffusion.gaussian import Level, per_sample, rounded
+from ddrl_jax.diffusion.gaussian import Level, quotient, rounded, weighted
 
 _Read = Callable[[Array, Array, Array, Array], Array]
 
+
+def _power(a: Array, s: Array) -> Array:
+    """alpha^2 + sigma^2."""
+    return rounded(a * a) + rounded(s * s)
+
+
 # (prediction p, state x, alpha a, sigma s) -> x0
 _TO_X0: dict[str, _Read] = {
-    "eps": lambda p, x, a, s: (x - rounded(s * p)) / a,
+    "eps": lambda p, x, a, s: quotient(x - weighted(s, p), a),
     "x0": lambda p, x, a, s: p,
-    "v": lambda p, x, a, s: (
-        (rounded(a * x) - rounded(s * p)) / (rounded(a * a) + rounded(s * s))
-    ),
-    "velocity": lambda p, x, a, s: (x - rounded(s * p)) / (a + s),
-    "score": lambda p, x, a, s: (x + rounded(s * s * p)) / a,
+    "v": lambda p, x, a, s: quotient(weighted(a, x) - weighted(s, p), _power(a, s)),
+    "velocity": lambda p, x, a, s: quotient(x - weighted(s, p), a + s),
+    "score": lambda p, x, a, s: quotient(x + weighted(s * s, p), a),
 }
 
 # (prediction p, state x, alpha a, sigma s) -> eps
 _TO_EPS: dict[str, _Read] = {
     "eps": lambda p, x, a, s: p,
-    "x0": lambda p, x, a, s: (x - rounded(a * p)) / s,
-    "v": lambda p, x, a, s: (
-        (rounded(s * x) + rounded(a * p)) / (rounded(a * a) + rounded(s * s))
-    ),
-    "velocity": lambda p, x, a, s: (x + rounded(a * p)) / (a + s),
-    "score": lambda p, x, a, s: -s * p,
+    "x0": lambda p, x, a, s: quotient(x - weighted(a, p), s),
+    "v": lambda p, x, a, s: quotient(weighted(s, x) + weighted(a, p), _power(a, s)),
+    "velocity": lambda p, x, a, s: quotient(x + weighted(a, p), a + s),
+    "score": lambda p, x, a, s: -weighted(s, p),
 }
 
 NAMES = tuple(_TO_X0)
@@ -81,15 +83,15 @@ def convert(
     prediction, x = (jnp.asarray(y, jnp.float32) for y in (prediction, x))
     if source == target:
         return prediction
-    a, s = per_sample(alpha, x), per_sample(sigma, x)
+    a, s = jnp.asarray(alpha, jnp.float32), jnp.asarray(sigma, jnp.float32)
     to_x0 = lambda: _TO_X0[source](prediction, x, a, s)  # noqa: E731
     to_eps = lambda: _TO_EPS[source](prediction, x, a, s)  # noqa: E731
     # Lazy, so that a quantity is only asked for x0 or eps where it needs them.
     table: dict[str, Callable[[], Array]] = {
         "eps": to_eps,
         "x0": to_x0,
-        "v": lambda: rounded(a * to_eps()) - rounded(s * to_x0()),
+        "v": lambda: weighted(a, to_eps()) - weighted(s, to_x0()),
         "velocity": lambda: to_eps() - to_x0(),
-        "score": lambda: -to_eps() / s,
+        "score": lambda: quotient(-to_eps(), s),
     }
     return table[target]()

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from ddrl_jax.diffusion.gaussian import Level, per_sample
+from ddrl_jax.diffusion.gaussian import Level, per_sample, quotient, rounded
 
 TRAIN_STEPS = 1000  # levels of the Stable Diffusion schedule
 BETA_FIRST, BETA_LAST = 0.00085, 0.012  # its betas, linear in their square roots
@@ -36,7 +36,8 @@ class Process(NamedTuple):
 FLOW = Process(lambda t: (1.0 - t, t), lambda a, s: s / (a + s))
 # Variance preserving (DDPM, Stable Diffusion); the level is alpha_bar.
 VP = Process(
-    lambda t: (jnp.sqrt(t), jnp.sqrt(1.0 - t)), lambda a, s: a * a / (a * a + s * s)
+    lambda t: (jnp.sqrt(t), jnp.sqrt(1.0 - t)),
+    lambda a, s: a * a / (rounded(a * a) + rounded(s * s)),
 )
 # Variance exploding (EDM); the level is sigma.
 VE = Process(lambda t: (jnp.ones_like(t), t), lambda a, s: s / a)
@@ -55,7 +56,7 @@ def to_flow(
     """
     alpha, sigma = jnp.asarray(alpha, jnp.float32), jnp.asarray(sigma, jnp.float32)
     total = alpha + sigma
-    return jnp.asarray(x, jnp.float32) / per_sample(total, x), sigma / total
+    return quotient(jnp.asarray(x, jnp.float32), total), rounded(sigma / total)
 
 
 def from_flow(
@@ -74,8 +75,10 @@ def to_vp(
     With r^2 = alpha^2 + sigma^2: x / r and alpha_bar = alpha^2 / r^2.
     """
     alpha, sigma = jnp.asarray(alpha, jnp.float32), jnp.asarray(sigma, jnp.float32)
-    total = jnp.sqrt(alpha * alpha + sigma * sigma)
-    return jnp.asarray(x, jnp.float32) / per_sample(total, x), (alpha / total) ** 2
+    # Fenced where a compiler has a shorter way through a root.
+    total = rounded(jnp.sqrt(rounded(alpha * alpha) + rounded(sigma * sigma)))
+    level = rounded(rounded(alpha / total) ** 2)
+    return quotient(jnp.asarray(x, jnp.float32), total), level
 
 
 def shift_time(time: np.ndarray, shift: float) -> np.ndarray:

@@ -5,7 +5,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ddrl_jax.diffusion.gaussian import Gaussian, rounded, squared_error_log_prob
+from ddrl_jax.diffusion.gaussian import (
+    Gaussian,
+    log,
+    reduce_latent,
+    rounded,
+    squared_error_log_prob,
+)
 
 X = np.random.default_rng(0).normal(size=(3, 2, 4)).astype(np.float32)
 MEAN = np.random.default_rng(1).normal(size=(3, 2, 4)).astype(np.float32)
@@ -137,3 +143,42 @@ def test_the_rounding_fence_is_the_identity():
     assert not np.isfinite(rounded(jnp.array([jnp.nan]))).any()
     gradient = jax.grad(lambda x: (3.0 * rounded(x)).sum())(x)
     np.testing.assert_array_equal(gradient, np.full(6, 3.0))
+
+
+@pytest.mark.parametrize("n", [1, 7, 64, 1000])
+def test_a_sum_is_the_same_bits_in_a_loop_and_outside(n):
+    """XLA may compile a loop as one function, and matrix products differently there."""
+
+    def body(x, _):
+        return jnp.sin(3.0 * x), (x, reduce_latent(x, "sum"))
+
+    start = jax.random.normal(jax.random.key(7), (4, n))
+    _, (states, sums) = jax.lax.scan(body, start, None, length=20)
+    alone = jax.jit(lambda x: reduce_latent(x, "sum"))
+    np.testing.assert_array_equal(np.stack([alone(x) for x in states]), sums)
+    exact = np.asarray(states, np.float64).sum(axis=2)
+    np.testing.assert_allclose(sums, exact, rtol=1e-5, atol=1e-5)
+
+
+def test_the_logarithm_is_that_of_double_precision():
+    random = np.random.default_rng(4)
+    spread, near = (
+        np.exp(random.uniform(-80, 80, 10_000)),
+        random.uniform(0.4, 2.2, 10_000),
+    )
+    x = jnp.asarray(np.concatenate([spread, near, 1 + 1e-3 * near]), jnp.float32)
+    exact = np.log(np.asarray(x, np.float64))
+    off = np.abs(np.asarray(jax.jit(log)(x), np.float64) - exact)
+    assert (off / np.spacing(np.abs(exact).astype(np.float32))).max() < 4
+    odd = jnp.array([0.0, -1.0, jnp.inf, jnp.nan, 1.0, 2.0])
+    expected = [-np.inf, np.nan, np.inf, np.nan, 0.0, np.log(2.0)]
+    np.testing.assert_allclose(log(odd), expected, rtol=1e-7)
+    np.testing.assert_array_equal(jax.vmap(jax.grad(log))(x), 1 / x)
+
+
+@pytest.mark.optimised
+def test_a_logarithm_has_the_bits_of_its_operations():
+    x = jnp.exp(jax.random.uniform(jax.random.key(6), 1003, minval=-9, maxval=9))
+    with jax.disable_jit():
+        expected = log(x)
+    np.testing.assert_array_equal(jax.jit(log)(x), expected)

@@ -7,7 +7,8 @@ import pytest
 
 from configs.base import get_config
 from ddrl_jax.diffusion import schedules
-from ddrl_jax.diffusion.kernels import KERNELS, make_kernel
+from ddrl_jax.diffusion.gaussian import squared_error_log_prob
+from ddrl_jax.diffusion.kernels import KERNELS, PREDICTIONS, make_kernel
 from ddrl_jax.errors import UserError
 from ddrl_jax.interfaces import Memory
 
@@ -228,3 +229,37 @@ def test_refuses_noise_that_stable_diffusion_never_saw(name):
 def test_refuses_an_unknown_prediction():
     with pytest.raises(UserError, match="prediction"):
         make_kernel(sampler("ddim"), "score")
+
+
+# (sampler, prediction): all that make_kernel accepts within Stable Diffusion's range.
+PROGRAMS = [("ddim", p) for p in PREDICTIONS] + [(k, "velocity") for k in KERNELS]
+PROGRAMS += [("edm", p) for p in PREDICTIONS if p != "velocity"]
+
+
+@pytest.mark.optimised
+@pytest.mark.parametrize("name, prediction", dict.fromkeys(PROGRAMS))
+def test_a_step_has_the_bits_of_its_operations(name, prediction):
+    """Whatever a compiler fuses: what it may contract or rewrite is fenced.
+
+    The on-policy ratio rests on it: rollout, replay and update fuse differently.
+    """
+    kernel = make_kernel(sampler(name, sigma_max=12.0, sigma_min=0.03), prediction)
+    random = np.random.default_rng(5)
+
+    def draw():
+        return jnp.asarray(random.normal(size=(STEPS, 16, 16, 3)), jnp.float32)
+
+    def program(x, said, x_s, t, s, memory):
+        step = kernel.step(x, said, t, s, memory)
+        safe = step._replace(std=jnp.where(step.std > 0, step.std, 1.0))
+        kept = None if kernel.remember is None else kernel.remember(x, said, t)
+        scores = [safe.log_prob(x_s, reduction) for reduction in ("mean", "sum")]
+        scores.append(squared_error_log_prob(step, x_s))
+        return kernel.to_network(x, t), step, kept, scores
+
+    t, s = levels(kernel)
+    memory = None if kernel.remember is None else Memory(draw(), 1.5 * t)
+    arguments = (draw(), draw(), draw(), t, s, memory)
+    with jax.disable_jit():
+        expected = program(*arguments)
+    jax.tree.map(np.testing.assert_array_equal, jax.jit(program)(*arguments), expected)
