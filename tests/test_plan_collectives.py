@@ -14,7 +14,7 @@ def test_the_formula_describes_the_compiled_program(axis):
     assert found.total == pytest.approx(formula.compiled, rel=0.1)
     assert formula.ideal < formula.compiled and not found.narrow
     assert found.items == {"data": 4, "fsdp": 4, "tensor": 32, "context": 32}[axis]
-    assert ("all-to-all" in found.kinds) == (axis in ("fsdp", "context"))
+    assert ("all-to-all" in found.kinds) == (axis == "context")
 
 
 def test_a_line_says_what_travels_in_less_than_float32():

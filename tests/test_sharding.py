@@ -1,6 +1,9 @@
 """Where arrays live: specs that always divide, and the same numbers on any mesh."""
 
+import re
+
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
@@ -10,6 +13,7 @@ from jax.sharding import PartitionSpec as P
 from mesh_epochs import EDITS, compare, epoch
 from tiny_runs import flat_source, perturbed_state, same_bits, tiny_program
 
+from ddrl_jax.draws import each_chunk, prompts_of
 from ddrl_jax.errors import UserError
 from ddrl_jax.self_test import check_ratio
 from ddrl_jax.sharding import (
@@ -135,6 +139,32 @@ def test_a_mesh_changes_no_number(name, alone):
     compare(metrics, alone[5], 1e-5)
 
 
+def slopes(**mesh):
+    """Gradients of the network by its weights, on a batch of 8."""
+    wide = {"model.width": 64, "model.heads": 4, "train.minibatches": 1}
+    program = tiny_program(wide | {"mesh.data": 1} | mesh)
+    state, random = perturbed_state(program), np.random.default_rng(0)
+    z = random.normal(size=(8, *program.pipeline.latent_shape)).astype(np.float32)
+    batch = (z, np.linspace(0.1, 0.9, 8).astype(np.float32))
+    z, time, cond = place_batch(
+        program.mesh, (*batch, program.pipeline.encode(2 * program.prompts))
+    )
+
+    def loss(params):
+        out = program.objective.apply(params, program.frozen, z, time, cond)
+        return jnp.mean(jnp.sin(out))
+
+    return to_host(jax.jit(jax.grad(loss))(state.params))
+
+
+@pytest.mark.slow
+def test_fsdp_divides_no_channel_of_an_activation():
+    """XLA, left to itself, does so from some width on, and adds up wrongly."""
+    found = slopes(**{"mesh.data": 2, "mesh.fsdp": 2, "mesh.tensor": 2})
+    for a, b in zip(jax.tree.leaves(slopes()), jax.tree.leaves(found), strict=True):
+        np.testing.assert_allclose(b, a, rtol=0, atol=1e-5 * np.abs(a).max())
+
+
 def test_moments_and_average_live_with_their_weights():
     program = tiny_program({"mesh.fsdp": 2, "mesh.tensor": 2})
     state = program.new_state()
@@ -206,6 +236,18 @@ def test_the_rollout_has_its_own_copy_of_the_weights(layout, rank, alone):
     if not rank:
         _, _, trajectory, *_ = epoch(**mesh | {"rollout.layout": layout})
         compare(trajectory._replace(index=0), alone[2]._replace(index=0), 1e-5)
+
+
+def test_of_a_whole_copy_no_device_sends_a_part():
+    mesh = {"mesh.data": 2, "mesh.fsdp": 2, "mesh.tensor": 2}
+    program = tiny_program(mesh | {"rollout.layout": "replicated"})
+    state = program.new_state()
+    chunk = next(each_chunk(program, prompts_of(program, 0), 0, 0))
+    trained = place_batch(program.mesh, np.zeros((1, program.chunk), np.int32), axis=1)
+    weights = program.sampling(state.params, program.frozen)
+    lowered = jax.jit(program.rollout).lower(*weights, chunk.keys, chunk.cond, trained)
+    text = lowered.compile().as_text() or ""
+    assert "while" in text and not re.search("all-reduce|all-gather|all-to-all", text)
 
 
 @pytest.mark.slow

@@ -72,11 +72,10 @@ class Block(nn.Module):
         mask: Bool[Array, "b l"] | None,
     ):
         """Returns (x', None), the form nn.scan wants."""
-        d, whole = x.shape[-1], not divided(self.mesh)
-        lora = {"rank": self.rank, "alpha": self.alpha, "dtype": self.dtype}
-        lora["flat"] = whole
+        d, plain = x.shape[-1], {"dtype": self.dtype, "mesh": self.mesh}
+        lora = {"rank": self.rank, "alpha": self.alpha} | plain
         modulation = Dense(
-            6 * d, ("embed", "mlp"), zero=True, name="modulation", dtype=self.dtype
+            6 * d, ("embed", "mlp"), zero=True, name="modulation", **plain
         )(c)
         shift1, scale1, gate1, shift2, scale2, gate2 = jnp.split(
             modulation[:, None, :], 6, -1
@@ -140,7 +139,7 @@ class DiT(nn.Module):
         """Predicts v = eps - x0 in float32."""
         words, c = self._condition(time, tokens)
         x = overlapping_patches(z, self.patch).astype(self.dtype)
-        embed = {"dtype": self.dtype, "flat": not divided(self.mesh)}
+        embed = {"dtype": self.dtype, "mesh": self.mesh}
         x = Dense(self.width, ("mlp", "embed"), name="embed", **embed)(x)
         x = x + self._table("position", x.shape[1])
         pixels = x.shape[1]
@@ -153,7 +152,7 @@ class DiT(nn.Module):
         return overlap_add(x.astype(jnp.float32), self.patch, (h, w, channels))
 
     def _head(self, features: int, name: str, x: Array) -> Array:
-        head = {"dtype": self.dtype, "flat": not divided(self.mesh)}
+        head = {"dtype": self.dtype, "mesh": self.mesh}
         return Dense(features, ("embed", "mlp"), zero=True, name=name, **head)(x)
 
     def _table(self, name: str, rows: int) -> Array:
@@ -168,10 +167,11 @@ class DiT(nn.Module):
         present = (tokens > 0)[..., None]
         pooled = jnp.sum(words * present, axis=1)
         features = jnp.concatenate([time_features(time, self.width), pooled], -1)
-        c = Dense(self.width, ("mlp", "embed"), name="condition", dtype=self.dtype)(
+        plain = {"dtype": self.dtype, "mesh": self.mesh}
+        c = Dense(self.width, ("mlp", "embed"), name="condition", **plain)(
             features.astype(self.dtype)
         )
-        c = Dense(self.width, ("mlp", "embed"), name="condition2", dtype=self.dtype)(
+        c = Dense(self.width, ("mlp", "embed"), name="condition2", **plain)(
             jax.nn.silu(c)
         )
         return words.astype(self.dtype), jax.nn.silu(c)

@@ -7,8 +7,14 @@ Logical names: "embed" (model width), "mlp" (hidden width), "heads" (heads x dim
 from typing import Any
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
+
+from ddrl_jax.models.context_parallel import divided
+from ddrl_jax.sharding import RULES
 
 NORM_EPSILON = 1e-6  # under the root of a variance: a constant row must not be 0 / 0
 
@@ -28,6 +34,26 @@ def weight(
     return module.param(name, nn.with_partitioning(init, axes), shape)
 
 
+def gathered(x: Any, axes: tuple, mesh: Mesh | None) -> Any:
+    """A weight as a product uses it: whole over fsdp, which divides samples there.
+
+    Left open, XLA (jax 0.10.2 to 0.12) may let fsdp divide the result's channels and
+    gets them wrong: outputs of convolutions and gradients of matrices were, on a mesh
+    of data 2, fsdp 2 and tensor 2. Axes that are not fsdp's stay as they come: a copy
+    that is whole everywhere (rollout.layout "replicated") is used without a message.
+
+    Args:
+      x: the weight, in the dtype of the product.
+      axes: its logical axes.
+      mesh: on which it is used; None is one device.
+    """
+    if mesh is None or mesh.shape["fsdp"] == 1:
+        return x
+    whole = {None} | {name for name, used in RULES.items() if "fsdp" in used}
+    spec = P(*(None if name in whole else P.UNCONSTRAINED for name in axes))
+    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
+
+
 class Dense(nn.Module):
     """x W + b with an optional low-rank W + (alpha / rank) A B in its own collection.
 
@@ -38,8 +64,7 @@ class Dense(nn.Module):
       rank: rank of the LoRA factors, 0 for none.
       alpha: LoRA scale times rank; 0 means alpha = rank.
       zero: start W at 0 (outputs that must begin as the identity).
-      flat: one matrix product of all rows. Not where a mesh divides both the samples
-        and their rows: the joined axis can not be divided so, and would be gathered.
+      mesh: on which it runs; None is one device.
     """
 
     features: int
@@ -49,7 +74,7 @@ class Dense(nn.Module):
     alpha: float = 0.0
     zero: bool = False
     use_bias: bool = True
-    flat: bool = True
+    mesh: Mesh | None = None
 
     @nn.compact
     def __call__(self, x: Float[Array, "*b i"]) -> Float[Array, "*b o"]:
@@ -58,15 +83,17 @@ class Dense(nn.Module):
         shape = (x.shape[-1], self.features)
         kernel = weight(self, "kernel", init, shape, self.axes)
         # Two-dimensional operands: XLA's weight gradient of a 3-D product is twice
-        # as slow on CPU.
-        rows = (x.reshape(-1, x.shape[-1]) if self.flat else x).astype(self.dtype)
-        y = rows @ kernel.astype(self.dtype)
+        # as slow on CPU. Not where a mesh divides both the samples and their rows: the
+        # joined axis can not be divided so, and would be gathered.
+        rows = x if divided(self.mesh) else x.reshape(-1, x.shape[-1])
+        rows = rows.astype(self.dtype)
+        y = rows @ gathered(kernel.astype(self.dtype), self.axes, self.mesh)
         if self.rank and self.has_lora():
             y = y + self._low_rank(rows)
         if self.use_bias:
             zeros = nn.initializers.zeros
             bias = weight(self, "bias", zeros, (self.features,), self.axes[1:])
-            y = y + bias.astype(self.dtype)
+            y = y + gathered(bias.astype(self.dtype), self.axes[1:], self.mesh)
         return y.reshape(*x.shape[:-1], self.features)
 
     def has_lora(self) -> bool:
@@ -77,7 +104,8 @@ class Dense(nn.Module):
         def factor(name, init, shape, axes) -> Any:
             boxed = nn.with_partitioning(init, axes)
             make = lambda: boxed(self.make_rng("lora"), shape, jnp.float32)  # noqa: E731
-            return self.variable("lora", name, make).value
+            value: Any = self.variable("lora", name, make).value
+            return gathered(value.astype(self.dtype), axes, self.mesh)
 
         gaussian = nn.initializers.normal(1.0 / self.rank)
         a = factor("a", gaussian, (rows.shape[-1], self.rank), (self.axes[0], None))
@@ -85,7 +113,7 @@ class Dense(nn.Module):
             "b", nn.initializers.zeros, (self.rank, self.features), (None, self.axes[1])
         )
         scale = (self.alpha or self.rank) / self.rank
-        return (rows @ a.astype(self.dtype)) @ b.astype(self.dtype) * scale
+        return (rows @ a) @ b * scale
 
 
 def rms_norm(x: Float[Array, "*b d"]) -> Float[Array, "*b d"]:

@@ -6,10 +6,11 @@ Names of modules and parameters follow the published checkpoints.
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
 from ddrl_jax.models.convolution import convolve
-from ddrl_jax.models.layers import Dense, weight
+from ddrl_jax.models.layers import Dense, gathered, weight
 from ddrl_jax.models.remat import mark
 
 
@@ -22,6 +23,7 @@ class Conv(nn.Module):
       stride: 1 or 2.
       axes: logical names of the two channel axes.
       dtype: of the product; parameters stay float32.
+      mesh: on which it runs; None is one device.
     """
 
     features: int
@@ -29,6 +31,7 @@ class Conv(nn.Module):
     stride: int = 1
     axes: tuple[str, str] = ("embed", "mlp")
     dtype: str = "float32"
+    mesh: Mesh | None = None
 
     @nn.compact
     def __call__(self, x: Float[Array, "b h w i"]) -> Float[Array, "b h2 w2 o"]:
@@ -40,11 +43,12 @@ class Conv(nn.Module):
             self, "bias", nn.initializers.zeros, (self.features,), self.axes[1:]
         )
         x, kernel = jnp.asarray(x, self.dtype), jnp.asarray(kernel, self.dtype)
+        kernel = gathered(kernel, (None, None, *self.axes), self.mesh)
         if self.size == 1 and self.stride == 1:
             y = (x.reshape(-1, shape[2]) @ kernel[0, 0]).reshape(*x.shape[:3], -1)
         else:
             y = convolve(x, kernel, self.stride)
-        return y + bias.astype(self.dtype)
+        return y + gathered(bias.astype(self.dtype), self.axes[1:], self.mesh)
 
 
 class GroupNorm(nn.Module):
@@ -84,12 +88,14 @@ class ResnetBlock2D(nn.Module):
       groups: of the norms.
       epsilon: of the norms.
       dtype: of the products.
+      mesh: on which it runs; None is one device.
     """
 
     features: int
     groups: int
     epsilon: float
     dtype: str = "float32"
+    mesh: Mesh | None = None
 
     @nn.compact
     def __call__(
@@ -99,15 +105,16 @@ class ResnetBlock2D(nn.Module):
         up, down = ("embed", "mlp"), ("mlp", "embed")
         norm = (self.groups, self.epsilon, self.dtype)
         h = jax.nn.silu(GroupNorm(*norm, name="norm1")(x))
-        h = Conv(self.features, axes=up, dtype=self.dtype, name="conv1")(h)
+        made = {"dtype": self.dtype, "mesh": self.mesh}
+        h = Conv(self.features, axes=up, name="conv1", **made)(h)
         h = mark(h, "convolution")
         if temb is not None:
-            time = Dense(self.features, up, self.dtype, name="time_emb_proj")
+            time = Dense(self.features, up, name="time_emb_proj", **made)
             h = h + time(jax.nn.silu(temb))[:, None, None, :]
         h = jax.nn.silu(GroupNorm(*norm, name="norm2")(h))
-        h = Conv(self.features, axes=down, dtype=self.dtype, name="conv2")(h)
+        h = Conv(self.features, axes=down, name="conv2", **made)(h)
         if x.shape[-1] != self.features:
-            x = Conv(self.features, size=1, dtype=self.dtype, name="conv_shortcut")(x)
+            x = Conv(self.features, size=1, name="conv_shortcut", **made)(x)
         return x + h
 
 
@@ -115,17 +122,20 @@ class Downsample2D(nn.Module):
     """A 3x3 convolution with stride 2: [h w] -> [(h + 1) // 2, (w + 1) // 2]."""
 
     dtype: str = "float32"
+    mesh: Mesh | None = None
 
     @nn.compact
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 c"]:
         """Halves the picture."""
-        return Conv(x.shape[-1], stride=2, dtype=self.dtype, name="conv")(x)
+        made = {"dtype": self.dtype, "mesh": self.mesh}
+        return Conv(x.shape[-1], stride=2, name="conv", **made)(x)
 
 
 class Upsample2D(nn.Module):
     """Each pixel becomes 2x2 equal ones, cut to a size; then a 3x3 convolution."""
 
     dtype: str = "float32"
+    mesh: Mesh | None = None
 
     @nn.compact
     def __call__(
@@ -139,4 +149,5 @@ class Upsample2D(nn.Module):
             what was odd before it was halved.
         """
         x = jnp.repeat(jnp.repeat(x, 2, axis=1), 2, axis=2)[:, : size[0], : size[1]]
-        return Conv(x.shape[-1], dtype=self.dtype, name="conv")(x)
+        made = {"dtype": self.dtype, "mesh": self.mesh}
+        return Conv(x.shape[-1], name="conv", **made)(x)

@@ -47,7 +47,7 @@ class UNet2DConditionModel(nn.Module):
       rank: LoRA rank in the attention, 0 for none.
       alpha: LoRA alpha, 0 for the rank.
       impl: attention implementation.
-      mesh: on which the attention runs; None is one device.
+      mesh: on which it runs; None is one device.
     """
 
     config: UNetConfig
@@ -77,14 +77,16 @@ class UNet2DConditionModel(nn.Module):
         x = 2 * x - 1 if c.center_input_sample else x
         temb, emb = self._time(timesteps), emb.astype(self.dtype)
         first, last = c.block_out_channels[0], c.block_out_channels[-1]
-        skips = [Conv(first, dtype=self.dtype, name="conv_in")(x)]
+        made = {"dtype": self.dtype, "mesh": self.mesh}
+        skips = [Conv(first, name="conv_in", **made)(x)]
         skips += self._down(skips[0], temb, emb)
         middle = MidBlock(self._style(), last, c.heads[-1], name="mid_block")
         x = self._up(middle(skips[-1], temb, emb), skips, temb, emb)
         norm = GroupNorm(c.norm_num_groups, c.norm_eps, name="conv_norm_out")
         # The last layer costs nothing in float32, and its rounding would go straight
         # into the log-probability.
-        out = Conv(c.out_channels, axes=("mlp", "embed"), name="conv_out")
+        axes = ("mlp", "embed")
+        out = Conv(c.out_channels, axes=axes, mesh=self.mesh, name="conv_out")
         return out(jax.nn.silu(norm(x)))
 
     def _style(self) -> Style:
@@ -108,7 +110,7 @@ class UNet2DConditionModel(nn.Module):
             timesteps, c.block_out_channels[0], c.flip_sin_to_cos, float(c.freq_shift)
         )
         width = 4 * c.block_out_channels[0]
-        return TimestepEmbedding(width, name="time_embedding")(features)
+        return TimestepEmbedding(width, self.mesh, name="time_embedding")(features)
 
     def _down(self, x: Array, temb: Array, emb: Array) -> list[Array]:
         """The pictures of all levels on the way down, in order."""
@@ -149,12 +151,14 @@ class TimestepEmbedding(nn.Module):
     pixel, so precision is free."""
 
     features: int
+    mesh: Mesh | None = None
 
     @nn.compact
     def __call__(self, x: Float[Array, "b i"]) -> Float[Array, "b o"]:
         """Embeds time features."""
-        h = Dense(self.features, ("embed", "mlp"), name="linear_1")(x)
-        return Dense(self.features, ("mlp", "embed"), name="linear_2")(jax.nn.silu(h))
+        up, down, mesh = ("embed", "mlp"), ("mlp", "embed"), self.mesh
+        h = jax.nn.silu(Dense(self.features, up, mesh=mesh, name="linear_1")(x))
+        return Dense(self.features, down, mesh=mesh, name="linear_2")(h)
 
 
 def timestep_features(

@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
 from ddrl_jax.models.attention import attention
+from ddrl_jax.models.context_parallel import divided
 from ddrl_jax.models.layers import Dense, weight
 from ddrl_jax.models.remat import mark, remat
 from ddrl_jax.models.resnet import (
@@ -21,9 +22,11 @@ from ddrl_jax.models.resnet import (
     ResnetBlock2D,
     Upsample2D,
 )
+from ddrl_jax.sharding import constrain
 
 LAYER_NORM_EPSILON = 1e-5  # of the transformers, whatever the resnets have
 TRANSFORMER_NORM_EPSILON = 1e-6  # of the group norm before a transformer
+PICTURE, TOKENS = ("batch",), ("batch", "length")  # what a mesh divides
 
 
 class Style(NamedTuple):
@@ -39,7 +42,7 @@ class Style(NamedTuple):
       rank: of LoRA in the attention, 0 for none.
       alpha: of LoRA.
       impl: of the attention.
-      mesh: of the attention; None is one device.
+      mesh: on which it runs; None is one device.
     """
 
     groups: int
@@ -84,25 +87,16 @@ class Attention(nn.Module):
     ) -> Float[Array, "b l d"]:
         """Mixes values of the context; no bias before, one after."""
         s, width = self.style, x.shape[-1]
+        made = {"dtype": s.dtype, "mesh": s.mesh, "rank": s.rank, "alpha": s.alpha}
 
         def split(name: str, rows: Array) -> Array:
-            layer = Dense(
-                width,
-                ("embed", "heads"),
-                s.dtype,
-                s.rank,
-                s.alpha,
-                use_bias=False,
-                name=name,
-            )
+            axes = ("embed", "heads")
+            layer = Dense(width, axes, use_bias=False, name=name, **made)
             return layer(rows).reshape(*rows.shape[:2], self.heads, -1)
 
         q, k, v = split("to_q", x), split("to_k", context), split("to_v", context)
         mixed = attention(q, k, v, impl=s.impl, mesh=s.mesh).reshape(x.shape)
-        out = Dense(
-            width, ("heads", "embed"), s.dtype, s.rank, s.alpha, name="to_out_0"
-        )
-        return out(mixed)
+        return Dense(width, ("heads", "embed"), name="to_out_0", **made)(mixed)
 
 
 class GEGLU(nn.Module):
@@ -110,11 +104,13 @@ class GEGLU(nn.Module):
 
     features: int
     dtype: str = "float32"
+    mesh: Mesh | None = None
 
     @nn.compact
     def __call__(self, x: Float[Array, "*b d"]) -> Float[Array, "*b f"]:
         """Applies the layer with the exact gelu."""
-        both = Dense(2 * self.features, ("embed", "mlp"), self.dtype, name="proj")(x)
+        made = {"dtype": self.dtype, "mesh": self.mesh}
+        both = Dense(2 * self.features, ("embed", "mlp"), name="proj", **made)(x)
         value, gate = jnp.split(both, 2, axis=-1)
         return value * jax.nn.gelu(gate, approximate=False)
 
@@ -123,12 +119,14 @@ class FeedForward(nn.Module):
     """A gated layer of four times the width and back."""
 
     dtype: str = "float32"
+    mesh: Mesh | None = None
 
     @nn.compact
     def __call__(self, x: Float[Array, "*b d"]) -> Float[Array, "*b d"]:
         """Applies both layers; the net.1 of checkpoints is a dropout, no weights."""
-        h = GEGLU(4 * x.shape[-1], self.dtype, name="net_0")(x)
-        return Dense(x.shape[-1], ("mlp", "embed"), self.dtype, name="net_2")(h)
+        made = {"dtype": self.dtype, "mesh": self.mesh}
+        h = GEGLU(4 * x.shape[-1], name="net_0", **made)(x)
+        return Dense(x.shape[-1], ("mlp", "embed"), name="net_2", **made)(h)
 
 
 class BasicTransformerBlock(nn.Module):
@@ -149,7 +147,7 @@ class BasicTransformerBlock(nn.Module):
         self, x: Float[Array, "b l d"], emb: Float[Array, "b k e"]
     ) -> Float[Array, "b l d"]:
         """Applies the block to the pixels as rows."""
-        dtype = self.style.dtype
+        dtype, mesh = self.style.dtype, self.style.mesh
         h = LayerNorm(dtype, name="norm1")(x)
         context = emb if self.only_cross else h
         mixed = Attention(self.heads, self.style, name="attn1")(h, context)
@@ -158,7 +156,7 @@ class BasicTransformerBlock(nn.Module):
         mixed = Attention(self.heads, self.style, name="attn2")(h, emb)
         x = x + mark(mixed, "attention")
         h = LayerNorm(dtype, name="norm3")(x)
-        return x + mark(FeedForward(dtype, name="ff")(h), "mlp")
+        return x + mark(FeedForward(dtype, mesh, name="ff")(h), "mlp")
 
 
 class Transformer2DModel(nn.Module):
@@ -174,19 +172,34 @@ class Transformer2DModel(nn.Module):
     ) -> Float[Array, "b h w c"]:
         """Applies the transformer at one resolution."""
         s, (b, h, w, c) = self.style, x.shape
+        x = _placed(x, PICTURE, s.mesh)
         norm = GroupNorm(s.groups, TRANSFORMER_NORM_EPSILON, s.dtype, name="norm")
         rows = self._project("proj_in", ("embed", "mlp"), norm(x)).reshape(b, -1, c)
+        rows = _placed(rows, TOKENS, s.mesh)
         for i in range(s.transformer_layers):
             name = f"transformer_blocks_{i}"
             block = BasicTransformerBlock(self.heads, s, self.only_cross, name=name)
             rows = block(rows, emb)
-        return x + self._project("proj_out", ("mlp", "embed"), rows.reshape(b, h, w, c))
+        out = _placed(rows, PICTURE, s.mesh).reshape(b, h, w, c)
+        out = self._project("proj_out", ("mlp", "embed"), out)
+        return x + _placed(out, PICTURE, s.mesh)
 
     def _project(self, name: str, axes: tuple[str, str], x: Array) -> Array:
-        features, dtype = x.shape[-1], self.style.dtype
+        made = {"dtype": self.style.dtype, "mesh": self.style.mesh, "name": name}
         if self.style.linear_projection:
-            return Dense(features, axes, dtype, name=name)(x)
-        return Conv(features, size=1, axes=axes, dtype=dtype, name=name)(x)
+            return Dense(x.shape[-1], axes, **made)(x)
+        return Conv(x.shape[-1], size=1, axes=axes, **made)(x)
+
+
+def _placed(x: Array, axes: tuple, mesh: Mesh | None) -> Array:
+    """Says where activations live; nothing without a context axis to choose about.
+
+    Of pictures every device of that axis has all pixels. Left open, XLA hands the
+    layout of the tokens on to the convolutions, and where a picture is small these come
+    out wrong (jax 0.10.2): in a loop, of 2 rows, or of 4 with stride 2, that lie on
+    several devices.
+    """
+    return x if mesh is None or not divided(mesh) else constrain(x, axes, mesh)
 
 
 class Layers(nn.Module):
@@ -207,10 +220,9 @@ class Layers(nn.Module):
     def resnet(self, index: int, x: Array, temb: Array) -> Array:
         """Applies resnets.index; to be called in a compact method."""
         s = self.style
-        layer = remat(ResnetBlock2D, s.remat)(
-            self.features, s.groups, s.epsilon, s.dtype, name=f"resnets_{index}"
-        )
-        return layer(x, temb)
+        sizes = (self.features, s.groups, s.epsilon)
+        block = remat(ResnetBlock2D, s.remat)
+        return block(*sizes, s.dtype, s.mesh, name=f"resnets_{index}")(x, temb)
 
     def attend(self, index: int, x: Array, emb: Array) -> Array:
         """Applies attentions.index, if the block has transformers."""
@@ -245,7 +257,9 @@ class DownBlock(Layers):
             x = self.attend(i, self.resnet(i, x, temb), emb)
             pictures.append(x)
         if self.downsample:
-            down = Downsample2D(self.style.dtype, name="downsamplers_0")
+            down = Downsample2D(
+                self.style.dtype, self.style.mesh, name="downsamplers_0"
+            )
             pictures.append(down(x))
         return pictures
 
@@ -291,4 +305,5 @@ class UpBlock(Layers):
             x = self.attend(i, x, emb)
         if size is None:
             return x
-        return Upsample2D(self.style.dtype, name="upsamplers_0")(x, size)
+        up = Upsample2D(self.style.dtype, self.style.mesh, name="upsamplers_0")
+        return up(x, size)

@@ -115,7 +115,7 @@ class VideoBlock(nn.Module):
         return Dense(
             *(features, axes, self.dtype, self.rank, self.alpha),
             use_bias=False,
-            flat=self.layout.flat,
+            mesh=self.layout.mesh,
             name=name,
         )
 
@@ -191,7 +191,7 @@ class VideoDiT(nn.Module):
     def _head(self, features: int, name: str, x: Array, zero: bool = False) -> Array:
         axes = ("embed", "mlp") if x.shape[-1] >= features else ("mlp", "embed")
         axes = ("embed", "mlp") if name == "modulation" else axes
-        head = {"dtype": self.dtype, "zero": zero, "flat": self.layout.flat}
+        head = {"dtype": self.dtype, "zero": zero, "mesh": self.layout.mesh}
         return Dense(features, axes, name=name, **head)(x)
 
     def _modulation(self, time: Array) -> tuple[Array, Array]:

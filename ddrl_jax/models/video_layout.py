@@ -11,7 +11,6 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
 from ddrl_jax.models.attention import attention
-from ddrl_jax.models.context_parallel import divided
 from ddrl_jax.sharding import constrain
 
 
@@ -20,14 +19,6 @@ class Layout(NamedTuple):
 
     mesh: Mesh | None = None
     impl: str = "xla"
-
-    @property
-    def flat(self) -> bool:
-        """Whether a layer may join samples and tokens to one axis, as `layers.Dense`.
-
-        Divided tokens would be gathered for it, and every device would do all rows.
-        """
-        return not divided(self.mesh)
 
     def _place(self, x: Array, axes: tuple) -> Array:
         return x if self.mesh is None else constrain(x, axes, self.mesh)

@@ -15,6 +15,7 @@ from jax.sharding import PartitionSpec as P
 from ddrl_jax.models.convert import to_jax, to_torch_names
 from ddrl_jax.models.lora import merge_lora
 from ddrl_jax.models.unet import UNet2DConditionModel, UNetConfig, timestep_features
+from ddrl_jax.sharding import make_mesh, params_shardings, place_batch
 
 BASE = {  # as diffusers writes it; everything it leaves out has its default
     "_class_name": "UNet2DConditionModel",
@@ -283,3 +284,40 @@ def test_every_parameter_has_logical_axes(boxed):
     attention = "params/mid_block/attentions_0/transformer_blocks_0/attn1/to_q/kernel"
     assert specs[attention] == P("embed", "heads")
     assert {None, "embed", "mlp", "heads"} == {a for s in specs.values() for a in s}
+
+
+@pytest.fixture(scope="module")
+def in_a_loop(boxed):
+    """(mesh axis -> size) -> the network's output in a loop, weights on their shards.
+
+    As in a rollout: XLA lays activations out otherwise than outside of a loop.
+    """
+    config, params = UNetConfig.from_json(BASE), draw(boxed)["params"]
+    names = nn.get_partition_spec(boxed)["params"]
+    axes = jax.tree.map(tuple, names, is_leaf=lambda a: isinstance(a, P))
+    x, _, emb = (np.concatenate([a, -a]) for a in inputs(config, (4, 4)))
+    batch = (x, np.asarray([999.0, 20.0, 500.0, 0.0], np.float32), emb)
+
+    def run(**sizes):
+        mesh = make_mesh({"data": 1, "fsdp": 1, "tensor": 1, "context": 1} | sizes)
+        network = UNet2DConditionModel(config, impl="auto", mesh=mesh)
+        placed = jax.device_put(params, params_shardings(axes, params, mesh))
+
+        def loop(params, x, time, emb):
+            def body(_, scale):
+                return None, network.apply({"params": params}, scale * x, time, emb)
+
+            return jax.lax.scan(body, None, jnp.asarray([1.0, 2.0]))[1]
+
+        return np.asarray(quick(loop, placed, *place_batch(mesh, batch)))
+
+    return run, run()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "sizes", [{"data": 4, "context": 2}, {"data": 2, "fsdp": 2, "tensor": 2}], ids=str
+)
+def test_any_mesh_gives_the_numbers_of_one_device(sizes, in_a_loop):
+    run, want = in_a_loop
+    assert relative(run(**sizes), want) < 1e-5

@@ -140,7 +140,7 @@ def test_a_new_network_says_0_and_every_weight_gets_a_gradient(tiny):
 
 @pytest.mark.parametrize(
     "sizes",
-    [{"tensor": 4}, {"context": 4}, {"fsdp": 4}]
+    [{"tensor": 4}, {"context": 4}, {"fsdp": 4}, {"data": 2, "fsdp": 2, "tensor": 2}]
     + [{"data": 2, "tensor": 2, "context": 2}, {"fsdp": 2, "tensor": 2, "context": 2}],
 )
 def test_any_mesh_gives_the_numbers_of_one_device(tiny, sizes):
