@@ -10,7 +10,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from ddrl_jax.check_network import check_context, check_network, check_unet
+from ddrl_jax.check_network import check_context, check_network
 from ddrl_jax.check_objective import check_objective
 from ddrl_jax.config_rules import check_keys, near, require
 from ddrl_jax.data.prompts import prompt_list
@@ -205,7 +205,6 @@ def _check_mesh(config: Any, device_count: int) -> None:
     if free:
         mesh[free[0]] = device_count // fixed
     check_context(config.model, mesh["context"])
-    check_unet(config.model, mesh)
     _check_chunks(config, mesh["data"] * mesh["fsdp"])
 
 

@@ -1,7 +1,6 @@
 """What the sizes of a network, its LoRA and its starting weights must satisfy."""
 
 import math
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -134,33 +133,3 @@ def check_context(model: Any, context: int) -> None:
         way_out=f"set mesh.context to {math.gcd(tokens, context)}, or change "
         "model.video or model.patch",
     )
-
-
-def check_unet(model: Any, mesh: Mapping[str, int]) -> None:
-    """Refuses a mesh on which Stable Diffusion's UNet comes out wrong.
-
-    Args:
-      model: config.model.
-      mesh: sizes of data, fsdp, tensor and context.
-
-    Raises:
-      UserError: names the mesh.
-    """
-    require(
-        model.name != "stable_diffusion" or unet_fits(mesh),
-        "XLA computes convolutions wrongly on such a mesh",
-        got=", ".join(f"mesh.{axis} {size}" for axis, size in mesh.items()),
-        wanted="for Stable Diffusion mesh.context 1, and data, fsdp or tensor 1",
-        way_out="--config.mesh.data=-1 --config.mesh.fsdp=1 --config.mesh.tensor=1 "
-        "--config.mesh.context=1, or fsdp in place of data",
-    )
-
-
-def unet_fits(mesh: Mapping[str, int]) -> bool:
-    """Whether convolutions are right on a mesh, with XLA of jax 0.10.2 to 0.12.
-
-    They were wrong without a word on (2, 2, 2, 1), and with rows of a small picture on
-    several devices of the context axis.
-    """
-    fewest = min(mesh[axis] for axis in ("data", "fsdp", "tensor"))
-    return mesh["context"] == 1 == fewest

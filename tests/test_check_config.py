@@ -188,28 +188,6 @@ def test_a_context_axis_divides_the_tokens_of_a_video():
     assert "set mesh.context to 16" in str(caught.value)
 
 
-@pytest.mark.parametrize(
-    ("sizes", "right"),
-    [
-        ((8, 1, 1, 1), True),
-        ((1, 4, 2, 1), True),
-        ((2, 2, 2, 1), False),
-        ((4, 1, 1, 2), False),
-    ],
-)
-def test_a_mesh_that_convolves_wrongly_is_refused(sizes, right):
-    config = load_config(f"{CONFIGS / 'aesthetic'}.py:smoke")
-    axes = ("data", "fsdp", "tensor", "context")
-    config.mesh.update(dict(zip(axes, sizes, strict=True)))
-    config.prompts.update(per_epoch=8, group_size=2)
-    config.train.update(minibatches=1, microbatch=1)
-    if right:
-        check_config(config, 8)
-        return
-    with pytest.raises(UserError, match="convolutions wrongly"):
-        check_config(config, 8)
-
-
 # ---- the experiments
 
 ROWS = {

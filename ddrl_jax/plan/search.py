@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import jax
 from jax.sharding import AbstractMesh
 
-from ddrl_jax.check_network import unet_fits, video_tokens
+from ddrl_jax.check_network import video_tokens
 from ddrl_jax.chips import Chip
 from ddrl_jax.errors import UserError
 from ddrl_jax.plan.links import lay
@@ -72,8 +72,6 @@ def suitable(config: Any, mesh: dict[str, int], chip: Chip) -> bool:
         tokens = video_tokens(config.model)
         if config.model.heads % ways or tokens % mesh["context"]:
             return False
-    if config.model.name == "stable_diffusion" and not unet_fits(mesh):
-        return False
     if minibatch % _shares(mesh):
         return False
     try:
