@@ -3,6 +3,7 @@
 import jax
 import numpy as np
 from tiny_runs import (
+    DIFFUSION,
     chunks_with_trajectories,
     flat_source,
     perturbed_state,
@@ -20,11 +21,29 @@ EDITS = {
     "data_term.every_step": True,
     "policy.kl_weight": 0.1,
 }
+# Of the policy alone: each further term compiles the UNet's derivatives once more.
+DIFFUSED = DIFFUSION | {
+    "train.microbatch": 1,
+    "sampler.guidance_scale": 3.0,
+    "sampler.steps": 2,
+    # Adam's 1e-8 would make a step of the rounding of a gradient that is nearly 0.
+    "optimizer.eps": 1e-5,
+}
 
 
 def epoch(**mesh):
+    """Of the emoji model: what `epoch_of` returns."""
+    return epoch_of(EDITS | {"mesh.data": 1} | mesh, flat_source())
+
+
+def diffused_epoch(**edits):
+    """Of Stable Diffusion's UNet: what `epoch_of` returns."""
+    return epoch_of(DIFFUSED | edits, None)
+
+
+def epoch_of(edits, source):
     """(program, state, trajectory, images, state after, metrics) of an update."""
-    program = tiny_program(EDITS | {"mesh.data": 1} | mesh, flat_source())
+    program = tiny_program(edits, source)
     state = perturbed_state(program)
     before = to_host((state.params, state.opt_state))
     c = program.config.prompts

@@ -9,23 +9,11 @@ import numpy as np
 import pytest
 from edited_config import configured, refused
 from PIL import Image
-from tiny_runs import TINY, perturbed, perturbed_state
+from tiny_runs import DIFFUSION, perturbed, perturbed_state
 
 from ddrl_jax.evaluate import make_sampler
 from ddrl_jax.program import build
 from ddrl_jax.self_test import ratio_deviations
-
-DIFFUSION = TINY | {
-    "model.name": "stable_diffusion",
-    "model.init": "assets",
-    "model.image_size": 0,
-    "sampler.kernel": "ddim",
-    "sampler.steps": 3,
-    "sampler.guidance_scale": 5.0,
-    "evaluate.solver": "ddim",
-    "rewards.jpeg_upscale": 1,
-    "train.minibatches": 1,
-}
 
 
 def make(**edits):

@@ -36,6 +36,18 @@ TINY = {
     "log.tensorboard": False,
     "log.progress": False,
 }
+# The UNet in place of the emoji model: the tiny pipeline that diffusers wrote.
+DIFFUSION = TINY | {
+    "model.name": "stable_diffusion",
+    "model.init": "assets",
+    "model.image_size": 0,
+    "sampler.kernel": "ddim",
+    "sampler.steps": 3,
+    "sampler.guidance_scale": 5.0,
+    "evaluate.solver": "ddim",
+    "rewards.jpeg_upscale": 1,
+    "train.minibatches": 1,
+}
 
 
 def flat_source(size: int = 16, captions: tuple[str, ...] = WORDS) -> DataSource:
