@@ -85,6 +85,24 @@ def start(
     ]
 
 
+def start_by_script(
+    workdir: Path, processes: int, *more: str
+) -> list[subprocess.Popen]:
+    """Starts a run as a user does: the launcher, which starts the processes."""
+    launcher = str(ROOT / "launch" / "local_processes.sh")
+    place = [str(processes), str(DEVICES // processes), "--"]
+    return [
+        subprocess.Popen(
+            [launcher, *place, *FLAGS, f"--workdir={workdir}", *more],
+            cwd=ROOT,
+            env=os.environ | {"PYTHON": sys.executable},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+    ]
+
+
 def ends(run: list[subprocess.Popen], timeout: float = 300) -> list[tuple]:
     """(exit status, stdout, stderr) of each process, when all have ended."""
     found = []
