@@ -79,7 +79,7 @@ def _memory(plan: Abstract, compiled: list[Compiled], chip: Chip) -> Iterator[st
     )
     yield from (f"  {found.refusal}" for found in compiled if found.refusal)
     if widened(plan):
-        yield "  (the CPU compiler keeps float32 copies of bfloat16: more than needed)"
+        yield "  (the CPU compiler keeps float32 copies of bfloat16; others do not)"
 
 
 def widened(plan: Abstract) -> bool:
