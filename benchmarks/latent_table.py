@@ -58,6 +58,7 @@ def write_results(home: Path, out: Path, command: Sequence[str]) -> Path:
         for algorithm in ALGORITHMS
         if (home / f"{algorithm}-{reward}" / "metrics.jsonl").exists()
     }
+    out.mkdir(parents=True, exist_ok=True)
     figure = draw(runs, out / "latent_emoji.png")
     path = out / "latent_emoji.md"
     lines = [*head(home, command), f"![curves]({figure.name})", "", *table(runs)]
