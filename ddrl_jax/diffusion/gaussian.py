@@ -63,6 +63,11 @@ def quotient(x: Float[Array, "b *x"], level: Level) -> Float[Array, "b *x"]:
     return weighted(1.0 / rounded(jnp.asarray(level, jnp.float32)), x)
 
 
+def squares(alpha: Array, sigma: Array) -> Array:
+    """alpha^2 + sigma^2, each rounded before they are summed."""
+    return rounded(alpha * alpha) + rounded(sigma * sigma)
+
+
 @jax.custom_jvp
 def log(x: Array) -> Array:
     """The natural logarithm of float32, the same bits in every program.

@@ -18,21 +18,16 @@ from collections.abc import Callable
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from ddrl_jax.diffusion.gaussian import Level, quotient, rounded, weighted
+from ddrl_jax.diffusion.gaussian import Level, quotient, squares, weighted
 
 _Read = Callable[[Array, Array, Array, Array], Array]
-
-
-def _power(a: Array, s: Array) -> Array:
-    """alpha^2 + sigma^2."""
-    return rounded(a * a) + rounded(s * s)
 
 
 # (prediction p, state x, alpha a, sigma s) -> x0
 _TO_X0: dict[str, _Read] = {
     "eps": lambda p, x, a, s: quotient(x - weighted(s, p), a),
     "x0": lambda p, x, a, s: p,
-    "v": lambda p, x, a, s: quotient(weighted(a, x) - weighted(s, p), _power(a, s)),
+    "v": lambda p, x, a, s: quotient(weighted(a, x) - weighted(s, p), squares(a, s)),
     "velocity": lambda p, x, a, s: quotient(x - weighted(s, p), a + s),
     "score": lambda p, x, a, s: quotient(x + weighted(s * s, p), a),
 }
@@ -41,7 +36,7 @@ _TO_X0: dict[str, _Read] = {
 _TO_EPS: dict[str, _Read] = {
     "eps": lambda p, x, a, s: p,
     "x0": lambda p, x, a, s: quotient(x - weighted(a, p), s),
-    "v": lambda p, x, a, s: quotient(weighted(s, x) + weighted(a, p), _power(a, s)),
+    "v": lambda p, x, a, s: quotient(weighted(s, x) + weighted(a, p), squares(a, s)),
     "velocity": lambda p, x, a, s: quotient(x + weighted(a, p), a + s),
     "score": lambda p, x, a, s: -weighted(s, p),
 }

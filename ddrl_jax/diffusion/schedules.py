@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from ddrl_jax.diffusion.gaussian import Level, per_sample, quotient, rounded
+from ddrl_jax.diffusion.gaussian import Level, per_sample, quotient, rounded, squares
 
 TRAIN_STEPS = 1000  # levels of the Stable Diffusion schedule
 BETA_FIRST, BETA_LAST = 0.00085, 0.012  # its betas, linear in their square roots
@@ -36,8 +36,7 @@ class Process(NamedTuple):
 FLOW = Process(lambda t: (1.0 - t, t), lambda a, s: s / (a + s))
 # Variance preserving (DDPM, Stable Diffusion); the level is alpha_bar.
 VP = Process(
-    lambda t: (jnp.sqrt(t), jnp.sqrt(1.0 - t)),
-    lambda a, s: a * a / (rounded(a * a) + rounded(s * s)),
+    lambda t: (jnp.sqrt(t), jnp.sqrt(1.0 - t)), lambda a, s: a * a / squares(a, s)
 )
 # Variance exploding (EDM); the level is sigma.
 VE = Process(lambda t: (jnp.ones_like(t), t), lambda a, s: s / a)
@@ -76,7 +75,7 @@ def to_vp(
     """
     alpha, sigma = jnp.asarray(alpha, jnp.float32), jnp.asarray(sigma, jnp.float32)
     # Fenced where a compiler has a shorter way through a root.
-    total = rounded(jnp.sqrt(rounded(alpha * alpha) + rounded(sigma * sigma)))
+    total = rounded(jnp.sqrt(squares(alpha, sigma)))
     level = rounded(rounded(alpha / total) ** 2)
     return quotient(jnp.asarray(x, jnp.float32), total), level
 
