@@ -9,6 +9,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array
 
 from ddrl_jax.interfaces import Params
+from ddrl_jax.sharding import RULES, Rules
 
 
 class Denoiser(NamedTuple):
@@ -27,12 +28,13 @@ class Denoiser(NamedTuple):
     shapes: Params
 
 
-def make_denoiser(network: nn.Module, example: tuple) -> Denoiser:
+def make_denoiser(network: nn.Module, example: tuple, rules: Rules = RULES) -> Denoiser:
     """Wraps a network; traces it and computes nothing.
 
     Args:
       network: of (z, time, text), its weights in "params" and "lora".
       example: inputs of the shapes that the shapes of its weights depend on.
+      rules: the table by which its weights are laid out; its layers go by it.
     """
 
     def boxed(key: Array) -> Params:
@@ -42,7 +44,8 @@ def make_denoiser(network: nn.Module, example: tuple) -> Denoiser:
 
     def denoise(params, lora, z, time, cond) -> Any:
         trees = {"params": params} | ({} if lora is None else {"lora": lora})
-        return network.apply(trees, z, time, cond.emb)
+        with nn.logical_axis_rules(tuple(rules.items())):
+            return network.apply(trees, z, time, cond.emb)
 
     shapes = jax.eval_shape(boxed, jax.random.key(0))
     specs = nn.get_partition_spec(shapes)

@@ -20,6 +20,7 @@ from ddrl_jax.errors import UserError
 from ddrl_jax.interfaces import Cond, Params, Pipeline
 from ddrl_jax.models.denoiser import make_denoiser
 from ddrl_jax.models.dit import PRECISE, DiT
+from ddrl_jax.sharding import table
 
 ASSETS = Path(__file__).parent.parent / "assets"
 BASE = ASSETS / "emoji_base.npz"
@@ -179,7 +180,7 @@ def emoji_pipeline(config, mesh: Mesh | None = None) -> Pipeline:
     )
     shape = (model.image_size, model.image_size, 3)
     example = (jnp.zeros((1, *shape)), jnp.zeros(1), jnp.zeros((1, LENGTH), jnp.int32))
-    made = make_denoiser(network, example)
+    made = make_denoiser(network, example, table(config.sharding))
     load, fingerprint = _starting_weights(model.init, made.shapes["params"])
     return Pipeline(
         encode=lambda prompts: Cond(jnp.asarray(tokenize(prompts, vocabulary))),

@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 
 from ddrl_jax.models.context_parallel import divided
-from ddrl_jax.sharding import RULES
+from ddrl_jax.sharding import RULES, spec_for, without
 
 NORM_EPSILON = 1e-6  # under the root of a variance: a constant row must not be 0 / 0
 
@@ -41,6 +41,7 @@ def gathered(x: Any, axes: tuple, mesh: Mesh | None) -> Any:
     gets them wrong: outputs of convolutions and gradients of matrices were, on a mesh
     of data 2, fsdp 2 and tensor 2. Axes that are not fsdp's stay as they come: a copy
     that is whole everywhere (rollout.layout "replicated") is used without a message.
+    Which these are says the table that denoiser.py hands to Flax, RULES without one.
 
     Args:
       x: the weight, in the dtype of the product.
@@ -49,8 +50,11 @@ def gathered(x: Any, axes: tuple, mesh: Mesh | None) -> Any:
     """
     if mesh is None or mesh.shape["fsdp"] == 1:
         return x
-    whole = {None} | {name for name, used in RULES.items() if "fsdp" in used}
-    spec = P(*(None if name in whole else P.UNCONSTRAINED for name in axes))
+    rules = dict(nn.get_logical_axis_rules()) or RULES
+    rest = spec_for(axes, x.shape, mesh, without(rules, "fsdp"))
+    open_ = [n is not None and "fsdp" not in rules.get(n, ()) for n in axes]
+    parts = zip(open_, rest, strict=True)
+    spec = P(*(P.UNCONSTRAINED if free else part for free, part in parts))
     return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
 
 

@@ -21,7 +21,7 @@ from ddrl_jax.models.prompt_encoder import make_encode
 from ddrl_jax.models.sd_folder import Source, published_source, read_source
 from ddrl_jax.models.sd_published import REPOSITORIES
 from ddrl_jax.models.unet import PRECISE, UNet2DConditionModel
-from ddrl_jax.sharding import batch_shares
+from ddrl_jax.sharding import RULES, Rules, batch_shares, table
 
 # A random model of 70 thousand weights that diffusers wrote, for ":smoke".
 TINY = Path(__file__).parent.parent / "assets" / "tiny_sd"
@@ -77,6 +77,7 @@ def _options(config: Any) -> dict[str, Any]:
         "impl": model.attention,
         "vae_dtype": model.vae_dtype,
         "vae_at_once": model.vae_at_once,
+        "rules": table(config.sharding),
     }
 
 
@@ -106,6 +107,7 @@ def assemble(
     alpha: float = 0.0,
     impl: str = "xla",
     mesh: Mesh | None = None,
+    rules: Rules = RULES,
     vae_dtype: str = "float32",
     vae_at_once: int = 1,
     weights: bool = True,
@@ -121,6 +123,7 @@ def assemble(
       alpha: of the LoRA, 0 for its rank.
       impl: attention implementation.
       mesh: on which the UNet will run; None is one device.
+      rules: the table by which its weights are laid out.
       vae_dtype: of the autoencoder's products.
       vae_at_once: pictures a device decodes, or encodes, at a time.
       weights: False for a plan: no weight is read, nothing but shapes can be asked for.
@@ -131,7 +134,7 @@ def assemble(
     shape = latent_shape(source, image_size)
     network = UNet2DConditionModel(source.unet, dtype, remat, rank, alpha, impl, mesh)
     emb = jnp.zeros((1, 1, source.unet.cross_attention_dim))
-    made = make_denoiser(network, (jnp.zeros((1, *shape)), jnp.zeros(1), emb))
+    made = make_denoiser(network, (jnp.zeros((1, *shape)), jnp.zeros(1), emb), rules)
     encode, uncond = _text(source) if weights else _planned_text(source)
     vae = load_params(source, "vae") if weights else network_shapes("vae", source.vae)
     components = [source.folder / name for name in COMPONENTS.values()]

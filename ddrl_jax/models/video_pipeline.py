@@ -20,6 +20,7 @@ from ddrl_jax.interfaces import Cond, Pipeline
 from ddrl_jax.models.denoiser import make_denoiser
 from ddrl_jax.models.video_dit import PRECISE, VideoDiT
 from ddrl_jax.models.video_layout import Layout
+from ddrl_jax.sharding import table
 
 
 def video_dit_pipeline(config: Any, mesh: Mesh | None = None) -> Pipeline:
@@ -47,7 +48,7 @@ def video_dit_pipeline(config: Any, mesh: Mesh | None = None) -> Pipeline:
     # No weight's shape depends on the size of the video, so the example is small.
     z = jnp.zeros((1, 1, model.patch, model.patch, video.channels))
     text = jnp.zeros((1, 1, video.text_width))
-    made = make_denoiser(network, (z, jnp.zeros(1), text))
+    made = make_denoiser(network, (z, jnp.zeros(1), text), table(config.sharding))
     return Pipeline(
         encode=lambda prompts: Cond(jnp.asarray(word_vectors(prompts, *words))),
         uncond=Cond(jnp.zeros((1, *words), jnp.float32)),

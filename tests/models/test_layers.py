@@ -7,7 +7,10 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
+from ddrl_jax.interfaces import Cond
+from ddrl_jax.models.denoiser import make_denoiser
 from ddrl_jax.models.layers import Dense, rms_norm, time_features
+from ddrl_jax.sharding import RULES, make_mesh
 
 RNG = np.random.default_rng(2)
 X, W, A, B = (RNG.normal(size=s) for s in [(2, 5, 4), (4, 3), (4, 2), (2, 3)])
@@ -87,3 +90,32 @@ def test_time_features_by_hand():
     np.testing.assert_allclose(found, expected, atol=2e-4)  # angles reach 1000
     assert found.dtype == np.float32
     np.testing.assert_array_equal(found[0], [1.0] * 4 + [0.0] * 4)
+
+
+class Called(nn.Module):
+    """A layer under the arguments of a denoiser."""
+
+    layer: Dense
+
+    @nn.compact
+    def __call__(self, z, time, text):
+        return self.layer(z)
+
+
+@pytest.mark.parametrize(
+    ("rules", "kernel", "bias"),
+    [
+        (RULES, P(None, P.UNCONSTRAINED), P(P.UNCONSTRAINED)),
+        ({"mlp": ("fsdp", "tensor")}, P(P.UNCONSTRAINED, "tensor"), P("tensor")),
+        ({"mlp": ("fsdp",), "embed": ("fsdp",)}, P(None, None), P(None)),
+    ],
+)
+def test_a_weight_is_whole_over_fsdp_by_the_table_of_the_run(rules, kernel, bias):
+    """An axis that the table divides over fsdp as well keeps what else divides it."""
+    sizes = {"data": 2, "fsdp": 2, "tensor": 2, "context": 1}
+    layer, z = Called(Dense(4, mesh=make_mesh(sizes))), jnp.zeros((2, 6))
+    made = make_denoiser(layer, (z, z, z), rules)
+    params = made.init(jax.random.key(0))["params"]
+    jaxpr = jax.make_jaxpr(made.denoise)(params, None, z, z, Cond(z))
+    placed = (e for e in jaxpr.eqns if e.primitive.name == "sharding_constraint")
+    assert [e.params["sharding"].spec for e in placed] == [kernel, bias]

@@ -4,7 +4,7 @@ import json
 import re
 import shutil
 import warnings
-from types import SimpleNamespace
+from typing import Any
 
 import ddim_walk
 import jax
@@ -14,6 +14,7 @@ import pytest
 import tiny_sd
 from ml_collections import ConfigDict
 
+from configs import aesthetic
 from ddrl_jax.errors import UserError
 from ddrl_jax.models.load import load_pipeline
 from ddrl_jax.models.sd_folder import read_prediction, read_source
@@ -168,13 +169,12 @@ def test_a_variant_is_the_same_model_in_half_precision(folder, tmp_path):
 
 
 def test_the_pipeline_of_a_config(folder):
-    model = dict(init=str(folder), revision="main", variant="", image_size=64)
-    model |= dict(dtype="bfloat16", remat="full", attention="xla")
-    model |= dict(vae_dtype="float32", vae_at_once=2)
-    lora = SimpleNamespace(rank=2, alpha=4.0)
-    ours = stable_diffusion_pipeline(
-        SimpleNamespace(model=SimpleNamespace(**model), lora=lora)
-    )
+    config: Any = aesthetic.get_config()
+    config.model.update(init=str(folder), revision="main", variant="", image_size=64)
+    config.model.update(dtype="bfloat16", remat="full", attention="xla")
+    config.model.update(vae_dtype="float32", vae_at_once=2)
+    config.lora.update(rank=2, alpha=4.0)
+    ours = stable_diffusion_pipeline(config)
     assert ours.latent_shape == (8, 8, 4)
     assert jax.tree.all(jax.tree.map(np.array_equal, ours.params, ours.load()))
     trees = jax.eval_shape(ours.init, jax.random.key(0))
