@@ -43,8 +43,9 @@ def make_denoiser(network: nn.Module, example: tuple, rules: Rules = RULES) -> D
         return {"params": trees["params"], "lora": trees.get("lora")}
 
     def denoise(params, lora, z, time, cond) -> Any:
+        table: Any = tuple(rules.items())
         trees = {"params": params} | ({} if lora is None else {"lora": lora})
-        with nn.logical_axis_rules(tuple(rules.items())):
+        with nn.logical_axis_rules(table):
             return network.apply(trees, z, time, cond.emb)
 
     shapes = jax.eval_shape(boxed, jax.random.key(0))

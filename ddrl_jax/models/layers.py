@@ -50,11 +50,11 @@ def gathered(x: Any, axes: tuple, mesh: Mesh | None) -> Any:
     """
     if mesh is None or mesh.shape["fsdp"] == 1:
         return x
-    rules = dict(nn.get_logical_axis_rules()) or RULES
+    rules: Any = dict(nn.get_logical_axis_rules()) or RULES
     rest = spec_for(axes, x.shape, mesh, without(rules, "fsdp"))
-    open_ = [n is not None and "fsdp" not in rules.get(n, ()) for n in axes]
-    parts = zip(open_, rest, strict=True)
-    spec = P(*(P.UNCONSTRAINED if free else part for free, part in parts))
+    free = [n is not None and "fsdp" not in rules.get(n, ()) for n in axes]
+    parts = zip(free, rest, strict=True)
+    spec = P(*(P.UNCONSTRAINED if is_free else part for is_free, part in parts))
     return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
 
 
