@@ -41,7 +41,7 @@ from ddrl_jax.learner import (
 )
 from ddrl_jax.models.pipelines import PIPELINES
 from ddrl_jax.optim import make_optimizer
-from ddrl_jax.rewards.registry import check_prompts
+from ddrl_jax.rewards.registry import check_pictures, check_prompts
 from ddrl_jax.rollout import guided, make_score, rollout, step_times
 from ddrl_jax.sharding import (
     BATCH,
@@ -102,10 +102,11 @@ def build(config, judges: Mapping[str, Reward] | None = None) -> Program:
 
     Args:
       config: the whole configuration.
-      judges: of the run's pictures, asked whether they know their prompts.
+      judges: of the run's pictures, asked whether they can judge what there will be.
 
     Raises:
-      UserError: prompts or data can not be used, or a judge does not know a prompt.
+      UserError: prompts or data can not be used, or a judge can not read a prompt or
+        the pictures.
     """
     mesh = make_mesh(config.mesh)
     meet(mesh)
@@ -114,7 +115,7 @@ def build(config, judges: Mapping[str, Reward] | None = None) -> Program:
     source = main_first(lambda: make_source(config, pipeline))
     captions = source.captions if source else ()
     prompts = prompt_list(config.prompts, captions, config.seed)
-    _check_judges(config, judges or {}, prompts)
+    _check_judges(config, pipeline, judges or {}, prompts)
     records = _records_of(config, source, prompts)
     trained_on = source if config.data_term.weight > 0 else None
     objective = make_objective(config, pipeline, kernel, trained_on, mesh)
@@ -162,13 +163,13 @@ def _make_refresh(tx: optax.GradientTransformation, abstract: TrainState) -> Cal
     )
 
 
-def _check_judges(
-    config, judges: Mapping[str, Reward], prompts: tuple[str, ...]
-) -> None:
+def _check_judges(config, pipeline: Pipeline, judges, prompts: tuple[str, ...]) -> None:
     """Those trained on see every prompt, all of them the prompts of an evaluation."""
     trained = config.rewards.weights if config.policy.weight else ()
     check_prompts({n: judges[n] for n in trained if n in judges}, prompts)
     check_prompts(judges, prompts[: config.evaluate.samples])
+    latents = jax.ShapeDtypeStruct((1, *pipeline.latent_shape), "float32")
+    check_pictures(judges, jax.eval_shape(pipeline.decode, latents).shape[1:])
 
 
 def _records_of(config, source, prompts: tuple[str, ...]) -> tuple[np.ndarray, ...]:

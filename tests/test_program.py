@@ -27,6 +27,7 @@ from ddrl_jax.program import (
     build,
     total_updates,
 )
+from ddrl_jax.rewards import retrieval
 from ddrl_jax.sources import make_source
 
 DATA = {"data_term.weight": 0.5}
@@ -126,6 +127,23 @@ def test_a_judge_that_does_not_know_a_prompt_is_heard_before_any_weight(monkeypa
             build(config, judges)
     with pytest.raises(UserError):
         build(config, {"compressibility": Judge(*WORDS[:2]), "held": Judge(*WORDS)})
+
+
+@pytest.mark.parametrize("judge", [retrieval.Retrieval, retrieval.RetrievalLogProb])
+@pytest.mark.parametrize("size", [16, 32])
+def test_pictures_a_judge_can_not_read_are_told_before_any_weight(
+    judge, size, monkeypatch
+):
+    def no_weights(*_):
+        raise AssertionError("weights were described first")
+
+    known = retrieval.Judge(WORDS, no_weights, no_weights)
+    config = configured(TINY | {"model.image_size": size})
+    monkeypatch.setattr("ddrl_jax.program.describe_weights", no_weights)
+    with pytest.raises(AssertionError if size == 32 else UserError) as error:
+        build(config, {"held": judge(known)})
+    if size != 32:
+        assert error.value.got == "uint8 [16, 16, 3]"
 
 
 def test_prompts_without_pictures_are_told_before_any_weight(monkeypatch):

@@ -100,6 +100,16 @@ def check_prompts(rewards: Mapping[str, Reward], prompts: Sequence[str]) -> None
         getattr(reward, "check_prompts", _nothing)(prompts)
 
 
+def check_pictures(rewards: Mapping[str, Reward], shape: tuple[int, ...]) -> None:
+    """Asks rewards whether they can judge pictures of this shape [h w c].
+
+    Raises:
+      UserError: a reward reads pictures of another size.
+    """
+    for reward in rewards.values():
+        getattr(reward, "check_pictures", _nothing)(shape)
+
+
 def _nothing(*_: Any) -> None:
     """Of a reward that has nothing to check."""
 

@@ -118,18 +118,24 @@ def judge_logits(params: Params, x: Float[Array, "b 32 32 3"]) -> Float[Array, "
     return judge_features(params, x) @ head["kernel"] + head["bias"]
 
 
+def _check_pictures(shape: tuple[int, ...], dtype: Any = np.uint8) -> None:
+    """Refuses pictures [h w c] that the judge was not trained on."""
+    if dtype != np.uint8 or shape != (SIZE, SIZE, 3):
+        raise UserError(
+            "the retrieval judge can not read these pictures",
+            got=f"{np.dtype(dtype)} {list(shape)}",
+            wanted=f"uint8 {[SIZE, SIZE, 3]}",
+            way_out="use it with the emoji model and model.image_size "
+            f"{SIZE}, or take 'retrieval' and 'retrieval_log_prob' out of"
+            " --config.rewards.heldout and --config.rewards.weights",
+        )
+
+
 def _in_chunks(
     function: Callable[[np.ndarray], Array], images: UInt8[np.ndarray, "b h w c"]
 ) -> np.ndarray:
     """Applies a jitted function to chunks of one shape; the padding is cut off."""
-    if images.dtype != np.uint8 or images.shape[1:] != (SIZE, SIZE, 3):
-        raise UserError(
-            "the retrieval judge can not read these pictures",
-            got=f"{images.dtype} {list(images.shape)}",
-            wanted=f"uint8 [b {SIZE} {SIZE} 3]",
-            way_out="use it with the emoji model, or take 'retrieval' out of"
-            " --config.rewards.heldout",
-        )
+    _check_pictures(images.shape[1:], images.dtype)
     rows = []
     for start in range(0, max(len(images), 1), CHUNK):  # once for an empty batch too
         chunk = images[start : start + CHUNK]
@@ -210,6 +216,10 @@ class Retrieval(NamedTuple):
         """Raises UserError unless the judge knows every prompt."""
         _classes(self.judge, prompts)
 
+    def check_pictures(self, shape: tuple[int, ...]) -> None:
+        """Raises UserError unless the judge reads pictures of this shape [h w c]."""
+        _check_pictures(shape)
+
 
 class RetrievalLogProb(NamedTuple):
     """A Reward: log p(prompt | picture), a smoother form of `Retrieval`.
@@ -233,3 +243,7 @@ class RetrievalLogProb(NamedTuple):
     def check_prompts(self, prompts: Sequence[str]) -> None:
         """Raises UserError unless the judge knows every prompt."""
         _classes(self.judge, prompts)
+
+    def check_pictures(self, shape: tuple[int, ...]) -> None:
+        """Raises UserError unless the judge reads pictures of this shape [h w c]."""
+        _check_pictures(shape)
