@@ -134,7 +134,7 @@ def aside_table(cold: dict[str, Any]) -> list[str]:
     evaluation compiles.
     """
     found = {
-        "one save, as far as the loop waits": cold["saves"][1:-1],
+        "one save": cold["saves"][1:-1],
         "one evaluation": cold["evaluations"][1:],
     }
     rows = ["| between epochs | seconds |", "|---|---|"]
@@ -181,8 +181,8 @@ def page(command: str, cold: dict[str, Any], warm: dict[str, Any]) -> str:
             "",
             *aside_table(cold),
             "",
-            "The saves are those of `checkpoint.every=1`, the default, and are written",
-            "while the next epoch runs.",
+            "The saves are those of `checkpoint.every=1` and `checkpoint.wait=True`:",
+            "the loop goes on when they are on disk.",
             "",
             "## Compiling",
             "",

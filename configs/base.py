@@ -220,7 +220,8 @@ def get_config(variant: str = "") -> ConfigDict:
 
     c.checkpoint = ConfigDict()
     c.checkpoint.every = 1  # epochs; a kill without notice costs those since the last
-    # save, or while that is still being written in the background since the one before
+    c.checkpoint.wait = True  # until a save is on disk; False: it is written while the
+    # next epoch runs, and a kill meanwhile costs what came since the one before
     c.checkpoint.keep = 2
     c.checkpoint.resume = "latest"  # "latest" | "last_good" (skip a damaged one)
 

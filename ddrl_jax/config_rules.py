@@ -261,6 +261,7 @@ RULES: dict[str, Rule] = {
     "evaluate.pictures": integer(0),
     "checkpoint.every": integer(1),
     "checkpoint.keep": integer(1),
+    "checkpoint.wait": switch(),
     "checkpoint.resume": choice("latest", "last_good"),
     "sample.per_prompt": integer(1),
     "sample.solver": choice("auto", "euler", "heun", "ddim"),

@@ -65,7 +65,11 @@ def save(
     force: bool,
     line: Mapping[str, Any] | None = None,
 ) -> None:
-    """Saves what influences the epochs to come, and a line that is still to write."""
+    """Saves what influences the epochs to come, and a line that is still to write.
+
+    With config.checkpoint.wait it returns when that is on disk, so that a kill can not
+    cost more than the epoch after it.
+    """
     cursor = {
         "epoch": epoch,
         "samples_seen": epoch * samples_per_epoch(program.config),
@@ -76,6 +80,8 @@ def save(
         cursor["line"] = json.dumps({k: np.asarray(v).item() for k, v in line.items()})
     if epoch:
         checkpoints.save(epoch, {"train": state, "tracker": tracker}, cursor, force)
+    if program.config.checkpoint.wait:
+        checkpoints.wait()
 
 
 def samples_per_epoch(config: Any) -> int:

@@ -157,6 +157,12 @@ def lines(path: Path) -> list[dict[str, Any]]:
     ]
 
 
+def whole_lines(workdir: Path) -> list[dict[str, Any]]:
+    """The metrics without a torn line at their end."""
+    text = (workdir / "metrics.jsonl").read_text()
+    return [json.loads(line) for line in text.split("\n")[:-1]]
+
+
 def check_same(workdir: Path, other: Path) -> None:
     found, wanted = state(workdir), state(other)
     assert [leaf[:2] for leaf in found] == [leaf[:2] for leaf in wanted]
@@ -206,6 +212,10 @@ def test_killed_at_ten_moments_it_ends_with_the_same_bits(whole, tmp_path):
         found = max(epochs_saved(workdir), default=0)
         assert saved <= found < EPOCHS, moment
         saved = found
+        # The epoch in flight is lost and no other: a save is waited for.
+        logged = max((line["step"] for line in whole_lines(workdir)), default=0)
+        lost = {"save": {1}, "writing": {0, 1}}.get(moment[0], {0})
+        assert logged - found in lost, moment
     assert saved >= 6  # later starts went on and did not begin again
     result = start(workdir)
     assert result.returncode == 0, result.stderr
