@@ -91,7 +91,7 @@ class Weights(NamedTuple):
         def copier(part: str):
             names, shapes = self.pipeline.axes[part], self.shapes[part]
             places = params_shardings(names, shapes, self.mesh, rules)
-            narrow = partial(jax.tree.map, partial(_at_most, jnp.dtype(dtype)))
+            narrow = partial(at_most, dtype=dtype, but=self.pipeline.precise)
             return jax.jit(narrow, out_shardings=places)
 
         copy = copier(self.trained)
@@ -163,24 +163,27 @@ def _init(config: Any, pipeline: Pipeline, key: jax.Array) -> dict[str, Params]:
     """The trees of a pipeline, each leaf in the dtype in which the run keeps it."""
     trees, lora = pipeline.init(key), config.lora
     if not lora.rank:
-        return trees | {"params": _as_dtype(trees["params"], config.optimizer.master)}
+        return trees | {"params": at_most(trees["params"], config.optimizer.master)}
     if lora.base_dtype == "compute":
-        base = _as_dtype(trees["params"], config.model.dtype, pipeline.precise)
+        base = at_most(trees["params"], config.model.dtype, pipeline.precise)
         trees = trees | {"params": base}
-    return trees | {"lora": _as_dtype(trees["lora"], config.optimizer.master)}
+    return trees | {"lora": at_most(trees["lora"], config.optimizer.master)}
 
 
-def _at_most(dtype: jnp.dtype, leaf: jax.Array) -> jax.Array:
-    """The leaf rounded to a dtype; one that is narrower already stays as it is."""
-    return leaf.astype(dtype) if leaf.dtype.itemsize > dtype.itemsize else leaf
+def at_most(tree: Params, dtype: str, but: str = "") -> Params:
+    """Rounds the leaves of a tree that are wider than a dtype.
 
-
-def _as_dtype(tree: Params, dtype: str, but: str = "") -> Params:
-    """The tree in a dtype, but for the leaves whose names match a pattern."""
+    Args:
+      tree: of arrays.
+      dtype: "float32" or "bfloat16".
+      but: a pattern of the names of leaves that stay as they are: Pipeline.precise.
+    """
+    narrow = jnp.dtype(dtype)
 
     def cast(path: Any, leaf: jax.Array) -> jax.Array:
         name = jax.tree_util.keystr(path, simple=True, separator="/")
-        return leaf if re.fullmatch(but, name) else leaf.astype(jnp.dtype(dtype))
+        wide = leaf.dtype.itemsize > narrow.itemsize and not re.fullmatch(but, name)
+        return leaf.astype(narrow) if wide else leaf
 
     return jax.tree_util.tree_map_with_path(cast, tree)
 

@@ -259,5 +259,14 @@ def test_a_rollout_in_bfloat16_trains_with_the_recomputed_log_prob():
     program = tiny_program(edits | {"policy.old_log_prob": "recompute"})
     state = perturbed_state(program)
     copy, _ = program.sampling(state.params, program.frozen)
-    assert {a.dtype.name for a in jax.tree.leaves(copy)} == {"bfloat16"}
+    assert copy["words"].dtype == "float32"  # as the network uses them
+    assert {a.dtype.name for a in jax.tree.leaves(copy)} == {"bfloat16", "float32"}
     check_ratio(program, state)
+
+
+@pytest.mark.optimised
+@pytest.mark.parametrize("rank", [0, 2])
+def test_a_rounded_rollout_of_a_rounded_network_is_on_policy(rank):
+    edits = {"rollout.dtype": "bfloat16", "model.dtype": "bfloat16", "lora.rank": rank}
+    program = tiny_program(edits)
+    check_ratio(program, perturbed_state(program))

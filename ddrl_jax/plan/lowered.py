@@ -36,7 +36,7 @@ from ddrl_jax.program import (
 from ddrl_jax.rollout import step_times, stored_states
 from ddrl_jax.sharding import AXES, BATCH, make_mesh, params_shardings
 from ddrl_jax.terms import WEIGHTED
-from ddrl_jax.weights import Weights, describe_weights, rollout_rules
+from ddrl_jax.weights import Weights, at_most, describe_weights, rollout_rules
 
 # In place of pipelines that read more than shapes.
 PLANNED = {"stable_diffusion": planned_pipeline}
@@ -178,15 +178,18 @@ def _rollout_weights(weights: Weights, frozen: Any) -> tuple[Any, Any]:
     def copy(part: str) -> Any:
         names, shapes = weights.pipeline.axes[part], weights.shapes[part]
         places = params_shardings(names, shapes, weights.mesh, rules)
-        return _shaped(shapes, places, weights.config.rollout.dtype)
+        dtype, precise = weights.config.rollout.dtype, weights.pipeline.precise
+        return _shaped(
+            jax.eval_shape(lambda t: at_most(t, dtype, precise), shapes), places
+        )
 
     trained = copy(weights.trained)
     return trained, copy("params") if weights.trained == "lora" else frozen
 
 
-def _shaped(shapes: Any, shardings: Any, dtype: Any = None) -> Any:
+def _shaped(shapes: Any, shardings: Any) -> Any:
     return jax.tree.map(
-        lambda a, s: jax.ShapeDtypeStruct(a.shape, dtype or a.dtype, sharding=s),
+        lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s),
         shapes,
         shardings,
     )
