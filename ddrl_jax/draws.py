@@ -173,7 +173,8 @@ def draw_trained_steps(
     if policy.train_on:
         steps = np.array(policy.train_on, np.int32)
         return np.repeat(np.sort(steps)[:, None], samples, 1)
-    count = policy.train_steps or len(noisy)
+    # Without a policy term fewer may be noisy: an evaluation may roll out all the same.
+    count = min(policy.train_steps or len(noisy), len(noisy))
     random = np.random.default_rng([config.seed, 4, epoch])
     draws = samples if policy.per_sample_steps else 1
     keys = random.random((len(noisy), draws))

@@ -116,13 +116,9 @@ class Evaluation:
             found = whole_scores(pool.collect(calls), rows, self.count)
         finite = np.ones(self.count, bool) if finite is None else finite
         found = leave_out(found, finite, r.on_failure)
-        if not found.valid.all():  # only with on_failure "mask"
-            values["evaluation/valid"] = float(np.mean(found.valid))
         for name, scores in found.values.items():
             place = "evaluation" if name in config.rewards.weights else "heldout"
-            if found.valid.any():  # what was not judged has no mean
-                mean = float(np.mean(scores[found.valid]))
-                values[f"{place}/{name}/mean"] = mean
+            values |= _mean(f"{place}/{name}", scores)
         if self.features is not None and finite.any():
             features = np.asarray(self.features(images[finite]))
             found = diversity(features, self.index[finite])
@@ -158,6 +154,21 @@ class Evaluation:
             )
             losses.append(loss(params, program.frozen, *part, data))
         return float(np.mean(np.concatenate(to_host(losses))[:count]))
+
+
+def _mean(name: str, scores: np.ndarray) -> dict[str, float]:
+    """The mean of what one judge has judged [b], and of how much that is unless of all.
+
+    NaN are failures and pictures that are none (only with rewards.on_failure "mask").
+    Those of another judge leave nothing out here: training needs them all, a mean not.
+    """
+    judged = np.isfinite(scores)
+    if judged.all():
+        return {f"{name}/mean": float(np.mean(scores))}
+    share = {f"{name}/valid": float(np.mean(judged))}
+    if not judged.any():  # it has no mean
+        return share
+    return share | {f"{name}/mean": float(np.mean(scores[judged]))}
 
 
 def make_sampler(program: Program, settings: Any, solver: str):

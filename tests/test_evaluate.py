@@ -224,7 +224,7 @@ def test_what_a_judge_can_not_score_is_left_out_where_masking_is_configured(run)
     config.rewards.on_failure = "mask"
     values = found.judged(images)
     assert values["evaluation/compressibility/mean"] == 3.0  # of 1, 3 and 5
-    assert values["evaluation/valid"] == 0.5
+    assert values["evaluation/compressibility/valid"] == 0.5
     # A judge's time limit is that of a portion of training's size.
     assert max(portions) == run[0].chunk == 4
     nothing = np.full(6, np.nan, np.float32)
@@ -232,8 +232,37 @@ def test_what_a_judge_can_not_score_is_left_out_where_masking_is_configured(run)
     assert "evaluation/compressibility/mean" not in found.judged(images)
 
 
+def test_a_judge_that_fails_takes_nothing_from_the_mean_of_another(run):
+    config = run[0].config.copy_and_resolve_references()
+    config.rewards.on_failure = "mask"
+    found = evaluation_of(run[0]._replace(config=config))
+    level = np.arange(6, dtype=np.uint8)
+
+    def score(images, prompts):
+        return images[:, 0, 0, 0].astype(np.float32)
+
+    def down(images, prompts):
+        raise OSError("no route to the server")
+
+    found.judges = {"compressibility": score, "retrieval": down}
+    values = found.judged(np.tile(level[:, None, None, None], (1, 16, 16, 3)))
+    assert values["evaluation/compressibility/mean"] == 2.5
+    assert values["heldout/retrieval/valid"] == 0.0
+    judged = {"evaluation/compressibility/mean", "heldout/retrieval/valid"}
+    assert judged == {n for n in values if "compress" in n or "retrieval" in n}
+
+
 def test_without_data_or_pictures_nothing_is_said_of_them(metrics, tmp_path):
     program = tiny_program({"evaluate.pictures": 0, "evaluate.samples": 2})
     values = evaluation_of(program).run(program.new_state(), metrics, 0)
     assert "data/heldout_loss" not in values and values
     assert not (tmp_path / "samples").exists()
+
+
+@pytest.mark.parametrize("edits", [{"sampler.steps": 3}, {"sampler.noise_level": 0.0}])
+def test_without_a_policy_term_a_rollout_needs_no_noisy_steps(edits):
+    plain = {"policy.weight": 0.0, "policy.train_steps": 3, "evaluate.pictures": 0}
+    data = {"data_term.weight": 1.0, "evaluate.solver": "rollout"}
+    program = tiny_program(plain | data | edits, flat_source())
+    values, _ = evaluation_of(program).judge(program.new_state())
+    assert np.isfinite(values["evaluation/compressibility/mean"])
