@@ -52,6 +52,6 @@ def report_skipped(
                 got=f"{row} updates in a row, all skipped; the first bad leaf of the "
                 f"last one is {name}",
                 wanted=f"fewer than {limit} (config.train.nan_limit)",
-                way_out="lower config.optimizer.lr or config.policy.clip_range; the "
-                "last checkpoint is from before this epoch",
+                way_out="lower config.optimizer.lr or config.policy.clip_range, in "
+                "another --workdir; the last checkpoint here is from before this epoch",
             )

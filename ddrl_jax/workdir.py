@@ -21,6 +21,7 @@ _FREE = (
     "sample.",
     "mesh.",
     "export.",
+    "rewards.on_failure",
     "rewards.threads",
     "rewards.timeout",
     "rewards.vlm.base_url",
@@ -154,7 +155,8 @@ def differing_keys(
     """Returns the keys in which two configs differ so that a run can not go on.
 
     Left out are keys that do not change the numbers (log.*, checkpoint.*, sample.*,
-    mesh.*, export.*, rewards.threads, rewards.timeout, evaluate.pictures, data.cache,
+    mesh.*, export.*, rewards.on_failure (of epochs without a failure),
+    rewards.threads, rewards.timeout, evaluate.pictures, data.cache,
     policy.ratio_tolerance, and of rewards.vlm.* base_url, api_key_env, timeout,
     retries, backoff and threads) and train.microbatch, except for sparse RWR, which
     fills what it fits up to whole microbatches; and a larger train.epochs, unless the
@@ -213,9 +215,20 @@ def _settle_config(workdir: Workdir, wanted: dict[str, Any]) -> None:
                 way_out="put config.json back, or use another --workdir",
             )
     else:
-        _refuse_other_config(workdir, wanted)
+        _compare_config(workdir, wanted)
     text = json.dumps(_nested(wanted), indent=2, sort_keys=True) + "\n"
     replace_file(workdir.config, text.encode())
+
+
+def _begun(workdir: Workdir) -> bool:
+    """Whether there is something in the folder that belongs to its configuration.
+
+    A start that was refused by its data, prompts or judges leaves none: the command may
+    be mended.
+    """
+    metrics = workdir.metrics.exists() and workdir.metrics.stat().st_size > 0
+    saved = workdir.checkpoints.is_dir() and any(workdir.checkpoints.iterdir())
+    return metrics or saved
 
 
 def tell_differences(
@@ -264,15 +277,19 @@ def _listed(found: Mapping[str, tuple[Any, Any]]) -> list[str]:
     return [f"{key}: {old!r} there, {new!r} here" for key, (old, new) in found.items()]
 
 
-def _refuse_other_config(workdir: Workdir, wanted: dict[str, Any]) -> None:
+def _compare_config(workdir: Workdir, wanted: dict[str, Any]) -> None:
+    """Refuses another config where a run has begun, else says what replaces it."""
     found = differing_keys(_stored(workdir), wanted)
-    if found:
+    if found and _begun(workdir):
         raise UserError(
             f"{workdir.root} holds a run with another config",
             got="\n           ".join(_listed(found)),
             wanted="the config stored in its config.json",
             way_out="use another --workdir, or set these keys as stored",
         )
+    if found:
+        head = f"in place of a start that came to nothing in {workdir.root}:"
+        print("\n  ".join((head, *_listed(found))), file=sys.stderr, flush=True)
 
 
 def _flat(config: Any, prefix: str = "") -> dict[str, Any]:

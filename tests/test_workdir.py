@@ -1,5 +1,6 @@
 import json
 import os
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -10,10 +11,11 @@ from ddrl_jax.workdir import differing_keys, open_workdir, tell_differences
 
 
 def start(path: Path, **changes) -> None:
-    """Opens and closes a workdir with some keys of the base config changed."""
+    """Opens a workdir with some keys of the base config changed, and begins a run."""
     config = get_config()
     config.update_from_flattened_dict(changes)
-    open_workdir(path, config).close()
+    with open_workdir(path, config) as home:
+        home.metrics.write_text('{"step": 0}\n')
 
 
 def test_a_new_workdir_holds_the_whole_config_and_notes_the_start(tmp_path):
@@ -49,6 +51,22 @@ def test_another_config_is_refused_with_every_differing_key(tmp_path):
     start(tmp_path)  # the refusal has let go of the lock
 
 
+@pytest.mark.parametrize("left", ["nothing", "no line", "a line", "a checkpoint"])
+def test_a_start_that_came_to_nothing_binds_no_later_one(left, tmp_path, capsys):
+    """Its prompts, data or judges were refused: the command may be mended."""
+    with open_workdir(tmp_path, get_config()) as home:
+        if left.endswith("line"):
+            home.metrics.write_text("{}\n" if left == "a line" else "")
+        if left == "a checkpoint":
+            (home.checkpoints / "1").mkdir(parents=True)
+    bound = left.startswith("a ")
+    with pytest.raises(UserError) if bound else nullcontext():
+        start(tmp_path, seed=7)
+    stored = json.loads((tmp_path / "config.json").read_text())
+    assert stored["seed"] == (0 if bound else 7)
+    assert bound or "seed: 0 there, 7 here" in capsys.readouterr().err
+
+
 def test_another_reward_is_a_differing_key(tmp_path):
     start(tmp_path)
     config = get_config()
@@ -65,6 +83,7 @@ def test_another_reward_is_a_differing_key(tmp_path):
         ("log.progress", False),
         ("checkpoint.keep", 7),
         ("checkpoint.resume", "last_good"),
+        ("rewards.on_failure", "mask"),
         ("rewards.threads", 5),
         ("rewards.timeout", 1.0),
         ("evaluate.pictures", 3),
@@ -100,7 +119,6 @@ def test_what_does_not_change_the_numbers_may_change_and_is_stored(
         ("data.cache_dtype", "float32"),
         ("rewards.vlm.model", "other"),
         ("rewards.vlm.max_tokens", 8),
-        ("rewards.on_failure", "mask"),
     ],
 )
 def test_names_that_begin_alike_may_not(tmp_path, key, value):
