@@ -9,7 +9,7 @@ import numpy as np
 from ddrl_jax.distributed import summed, whole_scores
 from ddrl_jax.draws import draw_chunks, draw_trained_steps, prompts_of
 from ddrl_jax.errors import UserError
-from ddrl_jax.finite import finite_rows, leave_out, stand_ins
+from ddrl_jax.finite import broken, finite_rows, leave_out, stand_ins
 from ddrl_jax.interfaces import Prompts, Rollout, Scores
 from ddrl_jax.learner import Minibatch, TrainState
 from ddrl_jax.metrics import Timer
@@ -59,6 +59,8 @@ def collect(
     chunks, handles, rows, finite = sampled
     with timer("reward"):
         scores = whole_scores(pool.collect(handles), rows, len(prompts.index))
+    if not finite.any():  # it is not the judges that failed
+        raise broken(finite)
     scores = leave_out(scores, finite, config.rewards.on_failure)
     chunks = _without_nan(program, chunks, finite)
     advantages, tracker = program.advantages(

@@ -53,9 +53,10 @@ def broken(finite: Bool[np.ndarray, " b"]) -> UserError:
         + ", ".join(map(str, rows[:SHOWN]))
         + more,
         wanted="finite latents",
-        way_out="try --config.model.dtype=float32; in a run that has diverged lower "
-        "--config.optimizer.lr; --config.rewards.on_failure=mask leaves such samples "
-        "out of their epoch and counts them",
+        way_out="try --config.model.dtype=float32, or a lower --config.optimizer.lr "
+        "where the run has diverged, in another --workdir; where only some are, "
+        "--config.rewards.on_failure=mask leaves them out of their epoch and counts "
+        "them",
     )
 
 

@@ -86,6 +86,18 @@ def test_an_epoch_stops_or_counts_them(run):
     assert np.count_nonzero(advantages) == 6
 
 
+def test_where_no_sample_is_finite_the_judges_are_not_blamed(run):
+    program, state = run
+
+    def rollout(*inputs):
+        found = program.rollout(*inputs)
+        return found._replace(x0=jnp.full_like(found.x0, jnp.nan))
+
+    with pytest.raises(UserError, match="NaN or infinite") as error:
+        epoch((program._replace(rollout=rollout), state), "mask")
+    assert error.value.got.startswith("8 of 8: 0, 1")
+
+
 def test_the_stand_in_of_a_sample_has_its_place():
     finite = np.array([True, False, False, True] + [True, True, False, False])
     assert stand_ins(finite, 4).tolist() == [0, 5, 0, 3, 4, 5, 0, 3]
@@ -152,8 +164,8 @@ def test_a_policy_that_is_nan_is_not_evaluated_and_writes_no_data():
         evaluation.judge(broken)
     program.config.rewards.on_failure = "mask"
     values, _ = Evaluation(program, {"brightness": brightness}).judge(broken)
-    assert values["evaluation/valid"] == 0.0
-    assert not [name for name in values if "brightness" in name]
+    found = {name: n for name, n in values.items() if "brightness" in name}
+    assert found == {"heldout/brightness/valid": 0.0}
     assert not [name for name in values if "diversity" in name]
     with pytest.raises(UserError, match="NaN or infinite"):
         list(_draw(program, broken))
