@@ -26,6 +26,7 @@ from ddrl_jax.fingerprint import abstract as abstract
 from ddrl_jax.interfaces import Params
 
 _AVERAGE = "train/ema/"  # of the learner's state, in the names of leaves
+_TRACKER = "tracker/"  # its rows are prompts, and a reader may have others
 _ASIDE = "damaged"  # where resume=last_good moves what it skipped
 _RECORD = Path("cursor", "metadata")  # where Orbax puts the JSON item
 
@@ -214,8 +215,9 @@ class Checkpoints:
         path = self.root / str(epoch)
         record = _read_record(path, epoch)
         check(record["cursor"])
-        different = fingerprint.first_difference(record, abstract_state)
-        if different is not None:
+        if self.read_only:
+            abstract_state = fingerprint.reshaped(record, abstract_state, _TRACKER)
+        if different := fingerprint.first_difference(record, abstract_state):
             raise _foreign(path, *different)
         state = self._read_state(epoch, abstract_state)
         changed = fingerprint.first_difference(record, state, "memory")
@@ -241,8 +243,7 @@ class Checkpoints:
                 "are taken as they are, without a checksum"
             )
             return Restored(epoch, state, record["cursor"])
-        bad = fingerprint.first_corrupt(record, state)
-        if bad is not None:
+        if (bad := fingerprint.first_corrupt(record, state)) is not None:
             raise _Damaged(f"the bytes of {bad} are not those that were saved")
         return Restored(epoch, state, record["cursor"])
 
@@ -302,8 +303,7 @@ class Checkpoints:
             return
         ours = re.compile(rf"\..*|{_ASIDE}|\d+\.orbax-checkpoint-tmp.*")
         names = sorted(path.name for path in self.root.iterdir())
-        found = [name for name in names if not ours.fullmatch(name)]
-        if found:
+        if found := [name for name in names if not ours.fullmatch(name)]:
             raise UserError(
                 f"{self.root} holds files of another program and no checkpoint",
                 got=", ".join(found[:5]),

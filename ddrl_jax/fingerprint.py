@@ -124,6 +124,25 @@ def first_difference(
     return None
 
 
+def reshaped(found: dict[str, Any], state: Params, begin: str) -> Params:
+    """The abstract tree with the shapes that a record has of some of its leaves.
+
+    Args:
+      found: the record.
+      state: the abstract tree.
+      begin: of the names of these leaves.
+    """
+
+    def like(path: Any, leaf: Any) -> Any:
+        name = _name(path)
+        if not name.startswith(begin) or name not in found["leaves"]:
+            return leaf
+        shape = tuple(found["leaves"][name][0])
+        return jax.ShapeDtypeStruct(shape, leaf.dtype, sharding=leaf.sharding)
+
+    return jax.tree_util.tree_map_with_path(like, state)
+
+
 def is_old(found: dict[str, Any]) -> bool:
     """Whether a record is of the version whose checksums are not read any more."""
     return found["program"] == _OLD

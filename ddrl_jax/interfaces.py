@@ -164,6 +164,7 @@ class DataSource(NamedTuple):
       announce: takes the record numbers of the batches that `fetch` will be asked for
         next, so that they are read meanwhile; None: nothing can be read ahead.
       skipped: how many pictures or captions were no use and left out.
+      digest: of the records' contents; a resumed run refuses other ones.
     """
 
     captions: tuple[str, ...]
@@ -172,6 +173,7 @@ class DataSource(NamedTuple):
     cond: Callable[[Any], Cond] | None = None
     announce: Callable[[Iterable[np.ndarray]], None] | None = None
     skipped: int = 0
+    digest: str = ""
 
 
 class Pipeline(NamedTuple):

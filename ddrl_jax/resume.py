@@ -47,7 +47,7 @@ def start(program: Program, checkpoints: Checkpoints) -> Start:
     )
     like = {"train": program.abstract_state(), "tracker": abstract(tracker)}
     # A mode that only reads may look at other prompts.
-    check = () if checkpoints.read_only else (partial(_check_prompts, program.prompts),)
+    check = () if checkpoints.read_only else (partial(_check_draws, program),)
     found = checkpoints.restore(like, config.checkpoint.resume, *check)
     if found is None:
         return Start(0, program.new_state(), tracker)
@@ -74,8 +74,10 @@ def save(
         "epoch": epoch,
         "samples_seen": epoch * samples_per_epoch(program.config),
         "weights": program.pipeline.fingerprint,
-        "prompts": describe_prompts(program.prompts),
+        "prompts": describe(program.prompts),
     }
+    if program.source is not None:
+        cursor["data"] = _data(program)
     if line is not None:  # as a text: NaN is none of JSON's values
         cursor["line"] = json.dumps({k: np.asarray(v).item() for k, v in line.items()})
     if epoch:
@@ -89,24 +91,37 @@ def samples_per_epoch(config: Any) -> int:
     return config.prompts.per_epoch * config.prompts.group_size
 
 
-def describe_prompts(prompts: Sequence[str]) -> dict[str, Any]:
-    """How many prompts there are, and a digest of their texts in order."""
-    whole = hashlib.sha256(json.dumps(list(prompts)).encode())
-    return {"count": len(prompts), "digest": whole.hexdigest()[:16]}
+def describe(texts: Sequence[str]) -> dict[str, Any]:
+    """How many prompts or captions there are, and a digest of them in order."""
+    whole = hashlib.sha256(json.dumps(list(texts)).encode())
+    return {"count": len(texts), "digest": whole.hexdigest()[:16]}
 
 
-def _check_prompts(prompts: Sequence[str], cursor: dict[str, Any]) -> None:
-    """The trackers' rows and the order of the draws are those of the run's prompts."""
-    now = describe_prompts(prompts)
-    saved = cursor.get("prompts", now)  # older checkpoints do not say
-    if saved != now:
-        raise UserError(
-            "the prompts of the run have changed since its checkpoint",
-            got=f"{now['count']} prompts, digest {now['digest']}",
-            wanted=f"{saved['count']} prompts, digest {saved['digest']}",
-            way_out="restore the file or the data that they come from, or choose "
-            "another --workdir",
-        )
+def _data(program: Program) -> dict[str, Any]:
+    """The same of the data, with a digest of what is in the records."""
+    assert program.source is not None
+    return describe(program.source.captions) | {"content": program.source.digest}
+
+
+def _check_draws(program: Program, cursor: dict[str, Any]) -> None:
+    """The tracker's rows and the draws are those of the run's prompts and data."""
+    found = {"prompts": describe(program.prompts)}
+    if program.source is not None:
+        found["data"] = _data(program)
+    for name, now in found.items():
+        saved = cursor.get(name, now)  # older checkpoints do not say
+        if saved != now:
+            raise UserError(
+                f"the {name} of the run have changed since its checkpoint",
+                got=_listed(now),
+                wanted=_listed(saved),
+                way_out="restore the file or the data that they come from, or choose "
+                "another --workdir",
+            )
+
+
+def _listed(found: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in found.items())
 
 
 def _check_weights(program: Program, cursor: dict) -> None:

@@ -153,4 +153,5 @@ def _streamed(cache: LatentSource) -> DataSource:
 
     ahead = ReadAhead(fetch)
     skipped = sum(cache.skipped.values())
-    return DataSource(captions, latents, ahead, cond, ahead.announce, skipped)
+    announce, name = ahead.announce, cache.folder.name  # which has a digest
+    return DataSource(captions, latents, ahead, cond, announce, skipped, name)

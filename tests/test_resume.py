@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import jax
@@ -15,10 +14,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 from saved_states import bits
-from tiny_runs import tiny_program
 
 import ddrl_jax.train as loop
-from ddrl_jax import resume
 from ddrl_jax.command_line import parse
 from ddrl_jax.program import build
 from ddrl_jax.rollout import initial_noise
@@ -285,14 +282,3 @@ def test_sigterm_saves_ends_well_and_the_same_command_goes_on(tmp_path):
     to_its_end(*interrupted)
     to_its_end(*flags, f"--workdir={tmp_path}/whole")
     check_same(tmp_path / "run", tmp_path / "whole")
-
-
-@pytest.mark.parametrize("wait", [True, False])
-def test_a_save_is_waited_for_unless_the_configuration_says_otherwise(wait):
-    called = []
-    checkpoints = SimpleNamespace(
-        save=lambda epoch, *_: called.append(epoch), wait=lambda: called.append("wait")
-    )
-    program = tiny_program({"checkpoint.wait": wait})
-    resume.save(checkpoints, 3, {}, {}, program, force=False)
-    assert called == ([3, "wait"] if wait else [3])

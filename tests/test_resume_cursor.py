@@ -1,9 +1,10 @@
 """What a checkpoint says of its run beside the arrays, and what a start makes of it."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
-from tiny_runs import WORDS, tiny_program
+from tiny_runs import WORDS, flat_source, tiny_program
 
 import ddrl_jax.train as loop
 from ddrl_jax.checkpoint import Checkpoints
@@ -56,12 +57,38 @@ def test_a_run_goes_on_with_its_own_prompts_alone(program, checkpoints):
         changed = program._replace(prompts=others)
         with pytest.raises(UserError, match="prompts of the run have changed") as error:
             start(changed, checkpoints())
-        assert error.value.got.startswith(f"{len(others)} prompts, digest ")
-        assert error.value.wanted.startswith("4 prompts, digest ")
+        assert error.value.got.startswith(f"count {len(others)}, digest ")
+        assert error.value.wanted.startswith("count 4, digest ")
         assert error.value.got.split()[-1] != error.value.wanted.split()[-1]
         assert "--workdir" in error.value.way_out
-    changed = program._replace(prompts=OTHERS["another text"])
-    assert start(changed, checkpoints(read_only=True)).epoch == 1  # it trains nothing
+    for others in OTHERS.values():  # it trains nothing
+        changed = program._replace(prompts=others)
+        found = start(changed, checkpoints(read_only=True))
+        assert found.epoch == 1 and len(found.tracker.buffer) == 4  # as it was saved
+
+
+def test_a_run_goes_on_with_its_own_data_alone(checkpoints):
+    program = tiny_program(source=flat_source())
+    assert program.source is not None
+    save_begin(program, checkpoints())
+    assert start(program, checkpoints()).epoch == 1
+    captions = program.source.captions
+    for other in ({"digest": "other"}, {"captions": captions[1:]}):
+        changed = program._replace(source=program.source._replace(**other))
+        with pytest.raises(UserError, match="data of the run have changed") as error:
+            start(changed, checkpoints())
+        assert error.value.got != error.value.wanted
+        assert start(changed, checkpoints(read_only=True)).epoch == 1
+
+
+@pytest.mark.parametrize("wait", [True, False])
+def test_a_save_is_waited_for_unless_the_configuration_says_otherwise(wait):
+    called = []
+    checkpoints = SimpleNamespace(
+        save=lambda epoch, *_: called.append(epoch), wait=lambda: called.append("wait")
+    )
+    save(checkpoints, 3, {}, {}, tiny_program({"checkpoint.wait": wait}), force=False)
+    assert called == ([3, "wait"] if wait else [3])
 
 
 def test_a_checkpoint_that_says_nothing_of_prompts_is_taken(program, checkpoints):

@@ -5,6 +5,7 @@ it small) beside the dishonest one (draw nothing). Everything is drawn on device
 one stack of 64 px pictures; a record and a key give the same picture anywhere.
 """
 
+import hashlib
 import io
 from functools import partial
 from pathlib import Path
@@ -156,4 +157,5 @@ def emoji_source(
     ) -> Float[Array, "b h w c"]:
         return jax.vmap(one)(stack[records], keys)
 
-    return DataSource(captions=captions, latents=latents)
+    digest = hashlib.sha256(pictures.tobytes()).hexdigest()[:16]
+    return DataSource(captions=captions, latents=latents, digest=digest)

@@ -4,6 +4,7 @@ DDRL may anchor to real data or to samples of the policy it starts from; `--mode
 writes such a set, `config.data.source = "samples"` reads it.
 """
 
+import hashlib
 import io
 import tempfile
 from collections.abc import Iterable
@@ -47,7 +48,8 @@ def sample_source(path: str, shape: tuple[int, ...]) -> DataSource:
         del keys  # the samples vary by themselves: nothing is augmented
         return stack[records].astype(jnp.float32) / 127.5 - 1.0
 
-    return DataSource(captions=captions, latents=latents)
+    digest = hashlib.sha256(pictures.tobytes()).hexdigest()[:16]
+    return DataSource(captions=captions, latents=latents, digest=digest)
 
 
 def write_samples(
