@@ -15,6 +15,7 @@ from ddrl_jax.check_objective import check_objective
 from ddrl_jax.config_rules import check_keys, near, require
 from ddrl_jax.data.prompts import prompt_list
 from ddrl_jax.diffusion.kernels import KERNELS
+from ddrl_jax.diffusion.schedules import TRAIN_STEPS
 from ddrl_jax.diffusion.solvers import METHODS
 from ddrl_jax.models.attention import IMPLEMENTATIONS
 from ddrl_jax.models.pipelines import PIPELINES, data_sources
@@ -92,6 +93,15 @@ def _check_solver(config: Any) -> None:
             got=f'{key}.solver "{config[key].solver}"',
             wanted=f'"ddim" or {rest} for Stable Diffusion',
             way_out=f"change {key}.solver",
+        )
+        solver, steps = config[key].solver, config[key].steps
+        ddim = solver == "ddim" or (solver == "auto" and not flow)
+        require(
+            not ddim or steps < TRAIN_STEPS,
+            "DDIM has fewer steps than its schedule has timesteps",
+            got=f'{key}.steps {steps} with {key}.solver "{solver}"',
+            wanted=f"at most {TRAIN_STEPS - 1}",
+            way_out=f"lower {key}.steps",
         )
 
 

@@ -50,6 +50,11 @@ COMBINATIONS = {
          "evaluate.solver": "ddim", "sampler.kernel": "ddim",
          "sample.solver": "heun"},
         "sample.solver", {"sample.solver": "auto"}),
+    "steps of DDIM": (
+        {"evaluate.solver": "ddim", "evaluate.steps": 1000},
+        "evaluate.steps", {"evaluate.steps": 999}),
+    "steps of samples": ({"sample.solver": "ddim", "sample.steps": 1000},
+                         "sample.steps", {"sample.steps": 999}),
     "fresh cosine": ({"optimizer.schedule": "cosine", "optimizer.fresh": True},
                      "anew each epoch", {"optimizer.schedule": "constant"}),
     "held-out records": ({"data.heldout": 3}, "data_term.captions",
