@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 from ddrl_jax.config_file import USAGE, load_config, override
 from ddrl_jax.config_rules import flatten, near
 from ddrl_jax.errors import UserError
+from ddrl_jax.text import is_text
 
 MODES = {
     "train": "the default: train, or go on where the workdir stopped",
@@ -95,6 +96,7 @@ def parse(argv: Sequence[str]) -> Command:
             wanted="a folder for checkpoints, metrics and pictures",
             way_out="--workdir=runs/mine",
         )
+    _check_folder(values.workdir or "")
     _check_flags(rest[1:])
     place = {name.removeprefix("distributed."): values[name].value for name in PLACE}
     workdir = os.path.expanduser(values.workdir or "")
@@ -133,6 +135,17 @@ def _epochs(text: str, mode: str, total: object) -> tuple[int, int]:
             way_out=f"for example --profile=2:{min(3, max(2, last))}",
         )
     return epochs
+
+
+def _check_folder(workdir: str) -> None:
+    """Refuses what Path would take for a folder of that odd name."""
+    if "://" in workdir or not is_text(workdir):
+        raise UserError(
+            "--workdir is no path",
+            got=ascii(workdir),
+            wanted="a folder of this machine, its name in UTF-8",
+            way_out="mount a shared file system or the bucket, and name its folder",
+        )
 
 
 def _check_flags(rest: Sequence[str]) -> None:

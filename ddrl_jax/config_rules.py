@@ -6,21 +6,21 @@ satisfy together are checked in check_config.
 """
 
 import difflib
-import math
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any
 
+from ddrl_jax.config_values import (
+    Rule,
+    choice,
+    folder,
+    integer,
+    number,
+    sequence,
+    switch,
+    table,
+    text,
+)
 from ddrl_jax.errors import UserError
-
-Bound = float | int | None
-
-
-class Rule(NamedTuple):
-    """What one key accepts: in words, as a test, and the names if it is a choice."""
-
-    wanted: str
-    accepts: Callable[[Any], bool]
-    names: tuple[str, ...] = ()
 
 
 def require(ok: bool, what: str, *, got: object, wanted: str, way_out: str) -> None:
@@ -33,79 +33,6 @@ def near(name: object, names: Sequence[str]) -> str:
     """Returns 'did you mean "x"? ' for the nearest name, or "" when none is near."""
     matches = difflib.get_close_matches(str(name), list(names), 1, 0.6)
     return f'did you mean "{matches[0]}"? ' if matches else ""
-
-
-def integer(least: int, most: int | None = None) -> Rule:
-    """Returns the rule of a whole number in [least, most]; True is not a number."""
-    wanted = f"a whole number >= {least}" + (f" and <= {most}" if most else "")
-
-    def accepts(value: Any) -> bool:
-        if not isinstance(value, int) or isinstance(value, bool):
-            return False
-        return value >= least and (most is None or value <= most)
-
-    return Rule(wanted, accepts)
-
-
-def number(
-    least: Bound = None, *, above: Bound = None, most: Bound = None, below: Bound = None
-) -> Rule:
-    """Returns the rule of a finite number within the bounds that are given."""
-    bounds = (
-        (">=", least, lambda value, bound: value >= bound),
-        (">", above, lambda value, bound: value > bound),
-        ("<=", most, lambda value, bound: value <= bound),
-        ("<", below, lambda value, bound: value < bound),
-    )
-    used = [row for row in bounds if row[1] is not None]
-    words = " and ".join(f"{sign} {bound:g}" for sign, bound, _ in used)
-
-    def accepts(value: Any) -> bool:
-        if not isinstance(value, (int, float)) or isinstance(value, bool):
-            return False
-        return math.isfinite(value) and all(test(value, b) for _, b, test in used)
-
-    return Rule(f"a finite number {words}".rstrip(), accepts)
-
-
-def choice(*names: str) -> Rule:
-    """Returns the rule of one of the names."""
-    return Rule(
-        "one of " + ", ".join(f'"{n}"' for n in names), names.__contains__, names
-    )
-
-
-def text(*, empty: bool = True) -> Rule:
-    """Returns the rule of a string."""
-    wanted = "a string" if empty else "a string that is not empty"
-    return Rule(wanted, lambda v: isinstance(v, str) and (empty or bool(v.strip())))
-
-
-def switch() -> Rule:
-    """Returns the rule of True or False; 0 and 1 are not accepted."""
-    return Rule("True or False", lambda value: isinstance(value, bool))
-
-
-def sequence(item: Rule) -> Rule:
-    """Returns the rule of a tuple whose items follow another rule, none twice."""
-
-    def accepts(value: Any) -> bool:
-        if not isinstance(value, (tuple, list)):
-            return False
-        return all(item.accepts(v) for v in value) and len(set(value)) == len(value)
-
-    return Rule(f"a tuple, each {item.wanted}, none twice", accepts)
-
-
-def table(item: Rule) -> Rule:
-    """Returns the rule of a table from names to values that follow another rule."""
-
-    def accepts(value: Any) -> bool:
-        if not hasattr(value, "items"):
-            return False
-        return all(isinstance(n, str) and item.accepts(v) for n, v in value.items())
-
-    return Rule(f"a table from names to {item.wanted}", accepts)
 
 
 def mesh_axis() -> Rule:
@@ -153,7 +80,7 @@ RULES: dict[str, Rule] = {
     "data.tfds_dir": text(),
     "data.resample": choice("bicubic", "lanczos"),
     "data.on_bad": choice("error", "skip"),
-    "data.cache": text(empty=False),
+    "data.cache": folder(empty=False),
     "data.cache_dtype": choice("float16", "float32"),
     "data.cache_text_dtype": choice("float16", "float32"),
     "data.cache_batch": integer(1),
@@ -267,7 +194,7 @@ RULES: dict[str, Rule] = {
     "sample.solver": choice("auto", "euler", "heun", "ddim"),
     "sample.guidance_scale": number(0),
     "sample.steps": integer(1),
-    "sample.output": text(),
+    "sample.output": folder(),
     "export.merge_lora": switch(),
     "export.bake_alpha": switch(),
     "export.dtype": choice("float32", "float16", "bfloat16"),

@@ -1,6 +1,7 @@
 """Evaluation on fixed prompts and fixed noise, with the averaged weights."""
 
 import itertools
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
@@ -247,6 +248,9 @@ def evaluate_mode(config: Any, workdir: str) -> None:
     Nothing of the run is changed: the pictures go to WORKDIR/evaluations/EPOCH.png, or
     EPOCH_2.png and so on where there are some. Keys that are not as in the run, but for
     those of config.evaluate, are named on stderr.
+
+    Raises:
+      UserError: the folder holds no run.
     """
     from ddrl_jax.checkpoint import Checkpoints
     from ddrl_jax.program import build
@@ -260,6 +264,8 @@ def evaluate_mode(config: Any, workdir: str) -> None:
     check_rewards(judges)
     program = build(config, judges)
     checkpoints = Checkpoints(home.checkpoints, 0, 1, read_only=True)
+    if is_main() and checkpoints.latest() is None:
+        print(f"{home.root} has no checkpoint: its first weights", file=sys.stderr)
     epoch, state, *_ = start(program, checkpoints)
     values, picture = Evaluation(program, judges).judge(state)
     if not is_main():

@@ -84,7 +84,11 @@ def run(
             print(f"{home.root}: all {epoch} epochs are done", flush=True)
         return
     if is_main():
-        continue_from(home, begin.written)
+        moved = continue_from(home, begin.written)
+        if moved and not epoch:
+            said = f"{home.root} has no checkpoint: it begins anew, and its {moved} "
+            said += f"lines of metrics are kept in {home.discarded.name}"
+            print(said, file=sys.stderr, flush=True)
     if config.policy.weight and config.policy.term not in WEIGHTED:
         check_ratio(program, state)
     evaluation, timer = Evaluation(program, rewards, stop.agree), Timer()

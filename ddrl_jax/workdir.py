@@ -243,10 +243,15 @@ def tell_differences(
       never: sections that it may not set otherwise than the run, but for those keys.
 
     Raises:
-      UserError: a key of `never` differs.
+      UserError: there is no run, or a key of `never` differs.
     """
     if not workdir.config.exists():
-        return
+        raise UserError(
+            f"{workdir.root} holds no run",
+            got="a folder without config.json",
+            wanted="a workdir of --mode=train",
+            way_out="correct --workdir, or train first",
+        )
     found = differing_keys(_stored(workdir), _flat(config))
     found = {key: pair for key, pair in found.items() if not key.startswith(but)}
     if wrong := {key: pair for key, pair in found.items() if key.startswith(never)}:

@@ -18,8 +18,8 @@ VAGUE = {"utils", "util", "helpers", "helper", "common", "misc"}
 
 # Who may import whom. A row holds for the module and all below it, the longest row
 # that fits wins, and an entry allows the module it names and all below that one.
-# `errors` and `interfaces` are open to everybody and are added to every row.
-EVERYBODY = ("errors", "interfaces")
+# `errors`, `interfaces` and `text` are open to everybody and are added to every row.
+EVERYBODY = ("errors", "interfaces", "text")
 PLUMBING = (
     "optim",
     "sharding",
@@ -41,7 +41,7 @@ PLUMBING += (
     "start_note",
 )
 MEASURES = ("flops", "chips", "profile")
-CHECKS = ("config_rules", "check_config", "check_objective")
+CHECKS = ("config_rules", "config_values", "check_config", "check_objective")
 CHECKS += ("check_network", "config_file", "command_line")
 PARTS = ("diffusion", "objectives", "models", "rewards", "data", "rollout", "learner")
 PARTS += ("terms",)
@@ -60,6 +60,7 @@ BELOW_TRAIN = (*PARTS, *PLUMBING, "distributed", *MEASURES, *CHECKS, *RUN)
 IMPORT_TABLE: dict[str, tuple[str, ...]] = {
     "": (),
     "errors": (),
+    "text": (),
     "interfaces": (),
     "assets": ("assets", "data", "models", "rewards"),  # the scripts that build them
     "diffusion": ("diffusion",),

@@ -1,6 +1,8 @@
 """The repository keeps the rules of architecture.py, and each rule can fail."""
 
+import ast
 import importlib
+import json
 import os
 import pathlib
 import subprocess
@@ -229,3 +231,39 @@ def test_importing_every_module_touches_no_device():
     assert result.returncode == 0, result.stderr
     control = _run("import jax; jax.numpy.zeros(1)", JAX_PLATFORMS="no_such_platform")
     assert "no_such_platform" in control.stderr
+
+
+def _undefined(folder: pathlib.Path) -> list[str]:
+    """Undefined names, but for those in strings: ruff takes "b" of a shape for one."""
+    ruff = pathlib.Path(sys.executable).with_name("ruff")
+    command = [ruff, "check", "--isolated", "--select=F821", "--output-format=json"]
+    result = subprocess.run(
+        [*command, "--exit-zero", "--exclude=.venv", folder],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=True,
+    )
+    found = []
+    for fault in json.loads(result.stdout):
+        path, place = fault["filename"], fault["location"]
+        at = (place["row"], place["column"] - 1)
+        if not any(begin <= at < end for begin, end in _strings(path)):
+            found.append(f"{path}:{at[0]}: {fault['message']}")
+    return found
+
+
+def _strings(path: str) -> list[tuple[tuple, tuple]]:
+    tree = ast.parse(pathlib.Path(path).read_text(encoding="utf-8"))
+    texts = (n for n in ast.walk(tree) if isinstance(n, ast.Constant))
+    texts = (n for n in texts if isinstance(n.value, str))
+    return [((n.lineno, n.col_offset), (n.end_lineno, n.end_col_offset)) for n in texts]
+
+
+def test_every_name_is_defined(tmp_path):
+    """F821 is off in pyproject.toml, and in pyright: both read shapes as names."""
+    assert _undefined(ROOT) == []
+    text = 'def f(x: "b"):\n    return missing\n'
+    (tmp_path / "bad.py").write_text(text)
+    (found,) = _undefined(tmp_path)
+    assert found.endswith("bad.py:2: Undefined name `missing`")

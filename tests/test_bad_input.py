@@ -45,6 +45,9 @@ ARGUMENTS = {
     "no workdir": ([SMOKE], "--workdir is missing"),
     "empty workdir": ([SMOKE, "--workdir="], "--workdir is missing"),
     "workdir without value": ([SMOKE, "--workdir"], "Missing value"),
+    "workdir in a bucket": ([SMOKE, "--workdir=gs://b/run"], "mount a shared"),
+    "workdir in latin-1": ([SMOKE, "--workdir=/tmp/caf\udce9"], "UTF-8"),
+    "evaluation of no run": ([SMOKE, "--workdir=.", "--mode=evaluate"], "holds no run"),
     "no such mode": ([SMOKE, "--workdir=w", "--mode=tain"], 'did you mean "train"?'),
     "plan without devices": ([SMOKE, "--mode=plan"], "--plan.devices is missing"),
     "plan without a chip": (
@@ -164,6 +167,10 @@ OVERRIDES = {
     "weights from nowhere": ("model.init=runs/none.npz", "runs/none.npz"),
     "misspelt weights": ("model.init=asset", 'did you mean "assets"?'),
     "negative seed": ("seed=-1", "seed"),
+    "samples to a bucket": ("sample.output=gs://bucket/set", "mount a bucket"),
+    "samples to a blank": ("sample.output= ", "sample.output"),
+    "cache in a bucket": ("data.cache=gs://bucket/cache", "data.cache"),
+    "name in another encoding": ("name=caf\udce9", "name"),
 }  # fmt: skip
 
 
@@ -307,6 +314,7 @@ def test_a_workdir_of_another_run(refused_workdir, tmp_path):
     config = load_config(SMOKE.removeprefix("--config="))
     with open_workdir(tmp_path / "used", config) as used:
         refused_workdir("another run is using", used.root)
+    used.metrics.write_text('{"step": 0}\n')
     refused_workdir("train.minibatches", used.root, "--config.train.minibatches=1")
     used.config.write_text("{")
     refused_workdir("config.json", used.root)

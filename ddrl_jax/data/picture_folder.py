@@ -25,6 +25,7 @@ from ddrl_jax.data.images import (
     normal_caption,
 )
 from ddrl_jax.errors import UserError
+from ddrl_jax.text import is_text
 
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp")
 METADATA = "metadata.jsonl"
@@ -132,11 +133,9 @@ class _Reader:
             self.pictures[name] = None
         elif os.path.basename(name) == METADATA:
             self.metadata.append(name)
-        elif base.startswith(_LEFT_ALONE):
-            return
         elif extension == ".txt":
             self.texts.append(name)
-        else:
+        elif not base.startswith(_LEFT_ALONE):
             self.fault(UNSUPPORTED, name)
 
     def captions(self) -> dict[str, str]:
@@ -172,8 +171,9 @@ class _Reader:
         found = []
         for name in self.texts:
             owners = stems.get(os.path.splitext(name)[0], [])
-            if not owners:
-                self.fault(NO_PICTURE, name)
+            if not owners:  # a caption, unless it is one of the folder's papers
+                if not os.path.basename(name).lower().startswith(_LEFT_ALONE):
+                    self.fault(NO_PICTURE, name)
             elif len(owners) > 1:  # whose is it?
                 self.fault(SAME_NAME, " + ".join(owners))
                 self.told.update(owners)
@@ -212,6 +212,9 @@ class _Reader:
             return []  # reported as a picture without a caption
         elif not isinstance(caption, str):
             self.fault(BROKEN_LINE, f"{where} (the caption is no text)")
+            self.told.add(name)
+        elif not is_text(caption):
+            self.fault(BROKEN_LINE, f"{where} (the caption is not Unicode)")
             self.told.add(name)
         else:
             return [(name, normal_caption(caption))]

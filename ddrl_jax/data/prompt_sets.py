@@ -150,7 +150,7 @@ def read_question_prompts(path: str) -> tuple[str, ...]:
       UserError: the file can not be read, or a line has no text under "prompt".
     """
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as e:
         raise _bad_question_file(path, f"{type(e).__name__}: {e}") from e
     found = [_prompt_of(path, i, line) for i, line in enumerate(lines) if line.strip()]

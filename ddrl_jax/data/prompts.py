@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
+from ddrl_jax.data.images import normal_caption
 from ddrl_jax.data.prompt_sets import (
     prompt_set,
     read_question_prompts,
@@ -12,6 +13,7 @@ from ddrl_jax.data.prompt_sets import (
 )
 from ddrl_jax.errors import UserError
 from ddrl_jax.interfaces import Prompts
+from ddrl_jax.text import is_text
 
 
 def read_prompt_file(path: str) -> tuple[str, ...]:
@@ -21,7 +23,8 @@ def read_prompt_file(path: str) -> tuple[str, ...]:
       UserError: the file is missing, not UTF-8, or has no prompt.
     """
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        # Other characters than line feeds end a line for splitlines: U+0085, U+2028.
+        lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as e:
         raise UserError(
             f"the prompt file {path!r} can not be read ({e})",
@@ -33,7 +36,7 @@ def read_prompt_file(path: str) -> tuple[str, ...]:
     if not prompts:
         raise UserError(
             f"the prompt file {path!r} has no prompt",
-            got="only blank lines" if lines else "an empty file",
+            got="only blank lines" if lines != [""] else "an empty file",
             wanted="at least one prompt",
             way_out="write one prompt a line, or use --config.prompts.source=data",
         )
@@ -57,7 +60,8 @@ def prompt_list(prompts_config, captions: Sequence[str], seed: int) -> tuple[str
         "questions": lambda: read_question_prompts(c.path),
         "tfds": lambda: tfds_prompts(c.path, c.feature, c.split),
     }
-    found = read[c.source]()
+    found = tuple(map(normal_caption, read[c.source]()))  # as captions of data are
+    _check_text(found)
     limit = prompts_config.limit or len(found)
     if limit > len(found):
         raise UserError(
@@ -70,6 +74,18 @@ def prompt_list(prompts_config, captions: Sequence[str], seed: int) -> tuple[str
         return found
     chosen = np.random.default_rng([seed, 1]).permutation(len(found))[:limit]
     return tuple(found[i] for i in sorted(chosen))
+
+
+def _check_text(prompts: Sequence[str]) -> None:
+    """Refuses what is no text: bytes of another encoding, half an emoji."""
+    for number, prompt in enumerate(prompts):
+        if not prompt or not is_text(prompt):
+            raise UserError(
+                f"prompt {number} is {'not Unicode' if prompt else 'blank'}",
+                got=ascii(prompt),
+                wanted="valid Unicode that is not blank",
+                way_out="correct it where --config.prompts.source takes it from",
+            )
 
 
 def draw_prompts(

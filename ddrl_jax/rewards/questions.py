@@ -41,7 +41,7 @@ def read_questions(name_or_path: str) -> dict[str, tuple[Question, ...]]:
     if name_or_path in shipped:
         path = FOLDER / f"{name_or_path}.jsonl"
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as e:
         got = f"{type(e).__name__}: {e}"
         raise _bad_file(name_or_path, f"{got}; shipped: {', '.join(shipped)}") from e
@@ -100,7 +100,7 @@ def _parse(line: str) -> tuple[str, tuple[Question, ...]] | None:
     """Returns the prompt and questions of a line, or None if it is malformed."""
     try:
         row = json.loads(line)
-        prompt, pairs = row["prompt"].strip(), row["questions"]
+        prompt, pairs = " ".join(row["prompt"].split()), row["questions"]
         questions = tuple(_question(pair) for pair in pairs)
     except (ValueError, KeyError, TypeError, AttributeError):
         return None

@@ -109,6 +109,12 @@ def caption_is_a_number(root):
     write_jsonl(root / "metadata.jsonl", {"file_name": "001.jpg", "text": 7})
 
 
+def caption_is_half_an_emoji(root):
+    (root / "001.txt").unlink()
+    row = '{"file_name": "001.jpg", "text": "a \\ud83d"}'
+    (root / "metadata.jsonl").write_text(row)
+
+
 def row_without_a_text(root):
     (root / "001.txt").unlink()
     write_jsonl(root / "metadata.jsonl", {"file_name": "001.jpg", "label": 3})
@@ -153,6 +159,7 @@ BAD = {
     broken_line: ("1 broken lines of metadata.jsonl: metadata.jsonl:2 (", set()),
     row_without_a_name: ('metadata.jsonl:1 (no "file_name"), metadata.jsonl:2', set()),
     caption_is_a_number: ("metadata.jsonl:1 (the caption is no text)", {"001.jpg"}),
+    caption_is_half_an_emoji: ("metadata.jsonl:1 (the caption is not U", {"001.jpg"}),
     row_without_a_text: ("1 pictures without a caption: 001.jpg", {"001.jpg"}),
     listed_twice: ("1 pictures with more than one caption: 001.jpg", {"001.jpg"}),
     both_forms: ("1 pictures with more than one caption: 001.jpg", {"001.jpg"}),
@@ -161,6 +168,16 @@ BAD = {
     table: ("1 files of an unsupported kind: metadata.csv", set()),
     dangling_link: ("can not be read: 001.jpg (No such file", {"001.jpg"}),
 }
+
+
+def test_a_picture_may_be_called_as_the_papers_of_a_folder(tmp_path):
+    for name in ("license_plate", "readme"):
+        write_drawing(tmp_path / f"{name}.png", 1)
+        (tmp_path / f"{name}.txt").write_text(f"a {name}")
+    for paper in ("LICENSE.txt", "README.md", "License"):
+        (tmp_path / paper).write_text("whose these are")
+    pictures = read_folder(str(tmp_path), 16).checked()
+    assert {row.caption for row in pictures.rows} == {"a license_plate", "a readme"}
 
 
 @pytest.mark.parametrize("spoil", BAD, ids=lambda f: f.__name__)

@@ -16,7 +16,7 @@ from ddrl_jax.data.prompt_sets import (
 )
 from ddrl_jax.data.samples import write_samples
 from ddrl_jax.errors import UserError
-from ddrl_jax.rewards.questions import read_questions
+from ddrl_jax.rewards.questions import questions_of, read_questions
 
 EMOJI = Path(prompt_sets.__file__).parent.parent / "assets" / "emoji" / "1.0.0"
 ANIMALS = (
@@ -197,6 +197,15 @@ def test_prompts_of_a_question_file(tmp_path):
     rows = prompt_sets.QUESTIONED["counting"]()
     path.write_text("\n" + prompt_sets.question_lines((*rows, *rows)))
     assert read_question_prompts(str(path)) == prompt_set("counting")
+
+
+def test_a_question_file_may_begin_with_a_mark_and_have_any_character(tmp_path):
+    path = tmp_path / "q.jsonl"
+    text = '{"prompt": "a\u2028cat", "questions": [["What?", "cat"]]}\n'
+    path.write_bytes(b"\xef\xbb\xbf" + text.encode())
+    found = read_question_prompts(str(path))
+    assert [p.split() for p in found] == [["a", "cat"]]
+    assert questions_of(read_questions(str(path)), ["a cat"])[0][0].text == "What?"
 
 
 @pytest.mark.parametrize("text", ["", "two cats", '{"text": "a"}', '{"prompt": 3}'])

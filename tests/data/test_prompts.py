@@ -70,6 +70,25 @@ def test_prompts_of_a_list_and_of_a_file(tmp_path):
     assert prompt_list(section(source="list", list=("y", "z")), ("x",), 0) == ("y", "z")
 
 
+def test_a_prompt_is_one_line_as_a_caption_is(tmp_path):
+    """Else samples of it have another caption, and no picture of it can be named."""
+    said = section(source="list", list=("two\ncats", " a  red\tcat "))
+    assert prompt_list(said, ("x",), 0) == ("two cats", "a red cat")
+    path = tmp_path / "prompts.txt"
+    # As Windows writes it; a next-line and a line separator are no ends of a line.
+    path.write_bytes("\ufeffa fox\r\na\x85dog\r\na\u2028cat\r\n".encode())
+    file = section(source="file", path=str(path))
+    assert prompt_list(file, ("x",), 0) == ("a fox", "a dog", "a cat")
+
+
+@pytest.mark.parametrize("bad", ["caf\udce9", "\ud83d", "  "])
+def test_a_prompt_that_is_no_text_is_named(bad):
+    with pytest.raises(UserError) as error:
+        prompt_list(section(source="list", list=("a fox", bad)), ("x",), 0)
+    assert "prompt 1 is" in error.value.what
+    str(error.value).encode()  # what is wrong with it can be printed
+
+
 def test_a_limit_keeps_a_seeded_choice_in_order():
     names = tuple(f"{i:03d}" for i in range(100))
     kept = prompt_list(section(limit=10), names, 3)
