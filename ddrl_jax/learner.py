@@ -209,7 +209,8 @@ def make_advantages(config: Any):
 def _make_weights(config: Any):
     """Weights of RWR in place of advantages: of the whole epoch, or a prompt's own.
 
-    A sample without a reward weighs 0; the weights of a set have mean 1.
+    A sample without a reward weighs 0 and counts in no rank; the weights of a set have
+    mean 1.
     """
     table, policy = dict(config.rewards.weights), config.policy
     alone = config.advantages.kind == "group"  # softmax and percentile for each prompt
@@ -217,12 +218,12 @@ def _make_weights(config: Any):
 
     def weights(values, valid, group, index, tracker: PerPromptTracker):
         total = jnp.asarray(sum(w * values[n] for n, w in table.items()))
-        total = jnp.where(valid, total, -jnp.inf).reshape(shape)
+        total, there = total.reshape(shape), jnp.asarray(valid).reshape(shape)
         if policy.term == "rwr":
-            found = rwr_weights(total, policy.rwr_inverse_temperature)
+            found = rwr_weights(total, policy.rwr_inverse_temperature, there)
         else:
-            found = sparse_rwr_weights(total, policy.rwr_percentile)
-        return jnp.where(valid, found.reshape(-1), 0.0), tracker
+            found = sparse_rwr_weights(total, policy.rwr_percentile, there)
+        return found.reshape(-1), tracker
 
     return weights
 

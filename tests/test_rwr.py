@@ -66,6 +66,16 @@ def test_a_sample_without_a_reward_weighs_nothing():
     )
 
 
+def test_a_sample_without_a_reward_has_no_rank_in_the_sparse_form():
+    """Four are left, of which the better half is kept, whatever is missing."""
+    valid = np.asarray([1, 1, 0, 0, 1, 0, 1, 0], bool)  # 1, 2, 0.5 and 4
+    found = weights(valid, policy__term="sparse_rwr", policy__rwr_percentile=0.5)
+    np.testing.assert_allclose(found, [0, 4, 0, 0, 0, 0, 4, 0])
+    edits = {"policy__term": "sparse_rwr", "policy__rwr_percentile": 0.9}
+    found = weights(np.arange(8) < 1, **edits)
+    np.testing.assert_allclose(found, [8, 0, 0, 0, 0, 0, 0, 0])
+
+
 def test_the_loss_is_the_weighted_denoising_loss_on_the_samples():
     chunk = batch()._replace(
         x0=jnp.asarray(PICTURES), advantages=jnp.asarray(WEIGHTS), trajectory=None
