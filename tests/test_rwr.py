@@ -64,6 +64,8 @@ def test_a_sample_without_a_reward_weighs_nothing():
     np.testing.assert_allclose(
         found[valid], softmax(0.2 * REWARDS[valid]) * 8 / 7, rtol=1e-5
     )
+    found = weights(valid, policy__rwr_inverse_temperature=0.0)
+    np.testing.assert_allclose(found, valid * 8 / 7, rtol=1e-6)
 
 
 def test_a_sample_without_a_reward_has_no_rank_in_the_sparse_form():

@@ -173,8 +173,10 @@ def rwr_weights(
             way_out="the DDPO paper uses 0.2",
         )
     rewards, valid = _finite(rewards, valid)
-    masked = jnp.where(valid, rewards, -jnp.inf)
-    weights = jax.nn.softmax(inverse_temperature * masked, axis=-1)
+    beta = inverse_temperature
+    # 0 times -inf is NaN: with beta 0 the rewards are 0 instead
+    masked = jnp.where(valid, rewards if beta else 0.0, -jnp.inf)
+    weights = jax.nn.softmax((beta or 1.0) * masked, axis=-1)
     return jnp.where(valid, weights * rewards.shape[-1], 0.0)
 
 
