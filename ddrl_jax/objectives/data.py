@@ -233,7 +233,7 @@ def sparse_rwr_count(size: int, percentile: float | int) -> int:
 
 
 def heaviest(
-    weights: Float[Array, "g b"], count: int
+    weights: Float[Array, "g b"], count: int, room: int | None = None
 ) -> tuple[Int[Array, " k"], Float[Array, " k"]]:
     """The rows that weigh most, so many of all sets together, the sets in turn.
 
@@ -242,22 +242,25 @@ def heaviest(
 
     Args:
       weights: >= 0 with mean 1, the set is the last axis.
-      count: k, at most g b.
+      count: at most g b.
+      room: k, rows to return, at least `count`: the next ones fill it up and weigh
+        nothing. None: as many as are counted.
 
     Returns:
       Rows of the flattened weights, and their weights times k / (g b): a mean of k
       weighted losses is then the one over all rows.
     """
-    groups, size = weights.shape
+    (groups, size), room = weights.shape, room or count
     order = jnp.argsort(-weights, axis=-1, stable=True)
     ranked = jnp.take_along_axis(weights, order, axis=-1)
     taken = count > jnp.arange(groups * size).reshape(size, groups).T
     part = jnp.sum(jnp.where(taken, ranked, 0.0), axis=-1, keepdims=True)
     whole = jnp.sum(ranked, axis=-1, keepdims=True)
-    ranked = ranked * jnp.where(part > 0, whole / part, 1.0)
+    scale = jnp.where(part > 0, whole / part, 1.0)
+    ranked = jnp.where(taken, ranked * scale, 0.0)
     rows = order + size * jnp.arange(groups)[:, None]
-    first = lambda x: x.T.reshape(-1)[:count]  # noqa: E731
-    return first(rows), first(ranked) * (count / weights.size)
+    first = lambda x: x.T.reshape(-1)[:room]  # noqa: E731
+    return first(rows), first(ranked) * (room / weights.size)
 
 
 def _finite(

@@ -212,6 +212,15 @@ def test_the_heaviest_rows_keep_the_mean_of_the_whole():
         assert mean == pytest.approx((2 * 2 + 2 * 4 + 4 * 5) / 8)
 
 
+def test_the_next_rows_fill_up_the_room_and_weigh_nothing():
+    weights = jnp.asarray([[0.0, 2.0, 0.5, 1.5], [4.0, 0.0, 0.0, 0.0]], jnp.float32)
+    _, kept = heaviest(weights, 3)
+    rows, found = heaviest(weights, 3, 5)
+    np.testing.assert_array_equal(rows, [1, 4, 3, 5, 2])
+    np.testing.assert_allclose(found[:3], kept * 5 / 3, rtol=1e-6)
+    np.testing.assert_array_equal(found[3:], 0.0)
+
+
 def test_of_ties_that_do_not_fit_the_first_take_the_weight_of_all():
     weights = jnp.asarray([[1.0, 1.0, 1.0, 1.0], [0.0, 0.0, 4.0, 0.0]], jnp.float32)
     rows, kept = heaviest(weights, 2)
