@@ -278,6 +278,9 @@ def test_fresh_moments_and_schedule():
     [
         ({"policy.kl_weight": 0.1}, "transition"),
         ({"policy.train_on": (1,)}, "transition"),
+        ({"policy.beta": 0.1}, "policy.beta 0.1"),
+        ({"policy.transform": "neg_exp"}, "inverse_temperature"),
+        ({"policy.old_log_prob": "recompute"}, 'old_log_prob "recompute"'),
         ({"advantages.kind": "tracker"}, "tracker"),
         ({"data_term.weight": 1.0, "data_term.levels": "rollout"}, "noise levels"),
     ],
