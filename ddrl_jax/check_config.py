@@ -21,6 +21,9 @@ from ddrl_jax.models.attention import IMPLEMENTATIONS
 from ddrl_jax.models.pipelines import PIPELINES, data_sources
 from ddrl_jax.rewards.registry import REWARDS
 from ddrl_jax.rewards.retrieval import SIZE
+from ddrl_jax.terms import WEIGHTED
+
+_CLIP_RANGE = 1e-4  # what configs/base.py has, which says that nobody chose one
 
 
 def check_config(config: Any, device_count: int) -> None:
@@ -293,7 +296,26 @@ def notes(config: Any) -> list[str]:
             "data/heldout_loss is that of the pictures trained on, with noise of its "
             "own: data.heldout is 0"
         )
-    return found
+    return found + _without_effect(config)
+
+
+def _without_effect(config: Any) -> list[str]:
+    """Keys that were set and that nothing reads, but for those that are refused.
+
+    A file may set them for all its rows.
+    """
+    policy, advantages, found = config.policy, config.advantages, []
+    weighted = policy.term in WEIGHTED
+    if weighted and policy.clip_range != _CLIP_RANGE:
+        found.append(
+            f"policy.clip_range {policy.clip_range} has no effect: with policy.term "
+            f'"{policy.term}" there is no ratio to clip'
+        )
+    if advantages.std != "group" and (weighted or advantages.kind != "group"):
+        why = f'advantages.kind "{advantages.kind}"'
+        why = f'policy.term "{policy.term}"' if weighted else why
+        found.append(f'advantages.std "{advantages.std}" has no effect with {why}')
+    return found if policy.weight else []
 
 
 def _check_outputs(config: Any) -> None:

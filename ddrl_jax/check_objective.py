@@ -173,6 +173,21 @@ def _check_weighted(config: Any) -> None:
         way_out='set them so, or policy.term to "clipped"',
     )
     require(
+        policy.beta == 1 and policy.transform == "linear",
+        "RWR makes weights of the rewards themselves, not of advantages",
+        got=f'policy.beta {policy.beta}, transform "{policy.transform}"',
+        wanted='beta 1 and transform "linear"',
+        way_out="set them so; policy.rwr_inverse_temperature is what sharpens the "
+        "weights",
+    )
+    require(
+        policy.old_log_prob == "rollout",
+        "RWR has no log-probs",
+        got=f'policy.old_log_prob "{policy.old_log_prob}"',
+        wanted='"rollout"',
+        way_out='set it so, or policy.term to "clipped"',
+    )
+    require(
         config.advantages.kind != "tracker",
         "the weights of RWR are those of an epoch; there is no running tracker of them",
         got='advantages.kind "tracker"',

@@ -7,9 +7,9 @@ import numpy as np
 
 from ddrl_jax.data.prompts import choose_records, draw_prompts, records_by_prompt
 from ddrl_jax.interfaces import Kernel, Prompts
-from ddrl_jax.learner import Minibatch
+from ddrl_jax.learner import Minibatch, kept_samples
 from ddrl_jax.program import Program
-from ddrl_jax.sharding import held_rows, place_fetched
+from ddrl_jax.sharding import held_rows, place_batch, place_fetched
 from ddrl_jax.terms import WEIGHTED
 
 
@@ -60,13 +60,15 @@ def each_chunk(
     records, captions = draw_records(program, prompts.index, draw)
     source = program.objective.source  # None without a data term: nothing is read
     fetch = source.fetch if source else None
-    for rows in rows_of:
+    weights = _data_weights(program, rows_of, samples)
+    for rows, weight in zip(rows_of, weights, strict=True):
         data = records[rows]
         if fetch is not None:
             data = place_fetched(program.mesh, data, fetch)
-        yield program.prepare(
+        chunk = program.prepare(
             epoch, inner, rows, prompts.index[rows], data, captions[rows]
         )
+        yield chunk._replace(data_weights=weight)
     if source is not None and source.announce is not None:
         source.announce(_next_batches(program, prompts, epoch, inner, samples))
 
@@ -77,7 +79,8 @@ def sample_order(config: Any, epoch: int, inner: int, count: int) -> np.ndarray:
     Each pass has an order of its own, but the first one of a surrogate takes them as
     they come: its microbatches are then those of the rollout and the ratio is exact.
     RWR has no ratio, and samples come prompt after prompt: its first pass mixes them
-    too. Of sparse RWR the selection has spread them already.
+    too. Of sparse RWR the selection has spread them already, and what only fills up
+    chunks stays where it is: how much that is depends on the mesh.
 
     Args:
       config: the whole configuration.
@@ -89,7 +92,44 @@ def sample_order(config: Any, epoch: int, inner: int, count: int) -> np.ndarray:
     if in_place or config.train.minibatches == 1:  # one minibatch has no order
         return np.arange(count, dtype=np.int32)
     random = np.random.default_rng([config.seed, 5, epoch, inner])
-    return random.permutation(count).astype(np.int32)
+    if config.policy.term != "sparse_rwr":
+        return random.permutation(count).astype(np.int32)
+    order, kept = np.arange(count, dtype=np.int32), _kept_places(config, count)
+    order[kept] = random.permutation(kept)
+    return order
+
+
+def data_weights(config: Any, count: int) -> np.ndarray:
+    """Weights [count] of sparse RWR's samples in the data term, of mean 1 an update.
+
+    Those that it keeps weigh alike, and those that fill up chunks nothing.
+
+    Args:
+      config: the whole configuration.
+      count: samples that are fitted, those that fill up included.
+    """
+    weights = np.zeros(count, np.float32)
+    weights[_kept_places(config, count)] = 1.0
+    each = weights.reshape(config.train.minibatches, -1)
+    share = each.mean(axis=1, keepdims=True)  # 0 where there are fewer than updates
+    return (each / np.where(share > 0, share, 1.0)).reshape(-1)
+
+
+def _data_weights(
+    program: Program, rows_of: np.ndarray, samples: np.ndarray | None
+) -> list[Any]:
+    """`data_weights` of each chunk, where there are chosen samples and a data term."""
+    if samples is None or not program.config.data_term.weight:
+        return [None] * len(rows_of)
+    weights = data_weights(program.config, rows_of.size).reshape(rows_of.shape)
+    return [place_batch(program.mesh, part) for part in weights]
+
+
+def _kept_places(config: Any, count: int) -> np.ndarray:
+    """Where of all that is fitted those are that sparse RWR keeps, dealt in turn."""
+    parts = config.train.minibatches
+    dealt = np.arange(count, dtype=np.int32).reshape(parts, -1).T.reshape(-1)
+    return dealt[: kept_samples(config)]
 
 
 def _rows_of(

@@ -209,20 +209,20 @@ def make_advantages(config: Any):
 def _make_weights(config: Any):
     """Weights of RWR in place of advantages: of the whole epoch, or a prompt's own.
 
-    A sample without a reward weighs 0; the weights of a set have mean 1.
+    A sample without a reward weighs 0 and counts in no rank; the weights of a set have
+    mean 1.
     """
     table, policy = dict(config.rewards.weights), config.policy
-    alone = config.advantages.kind == "group"  # softmax and percentile for each prompt
-    shape = (config.prompts.per_epoch if alone else 1, -1)
+    shape = (_weighed_sets(config), -1)  # softmax and percentile of each
 
     def weights(values, valid, group, index, tracker: PerPromptTracker):
         total = jnp.asarray(sum(w * values[n] for n, w in table.items()))
-        total = jnp.where(valid, total, -jnp.inf).reshape(shape)
+        total, there = total.reshape(shape), jnp.asarray(valid).reshape(shape)
         if policy.term == "rwr":
-            found = rwr_weights(total, policy.rwr_inverse_temperature)
+            found = rwr_weights(total, policy.rwr_inverse_temperature, there)
         else:
-            found = sparse_rwr_weights(total, policy.rwr_percentile)
-        return jnp.where(valid, found.reshape(-1), 0.0), tracker
+            found = sparse_rwr_weights(total, policy.rwr_percentile, there)
+        return found.reshape(-1), tracker
 
     return weights
 
@@ -231,25 +231,36 @@ def make_selection(config: Any, chunk: int):
     """Returns select(weights [b], x0) -> (rows [k], weights [k], x0 [k *x]).
 
     Of sparse RWR only what weighs something is fitted: as many samples as the
-    percentile keeps, filled up to whole chunks of every minibatch. Minibatches get the
-    rows in turn, so that each has its share of the best of every prompt.
+    percentile keeps. Minibatches get the rows in turn, so that each has its share of
+    the best of every prompt, and are filled up to whole chunks by rows of weight 0:
+    the size of a chunk does not change what is fitted.
 
     Args:
       config: the whole configuration.
       chunk: samples of one call.
     """
-    prompts, parts = config.prompts, config.train.minibatches
-    total = prompts.per_epoch * prompts.group_size
-    sets = prompts.per_epoch if config.advantages.kind == "group" else 1
-    kept = sets * sparse_rwr_count(total // sets, config.policy.rwr_percentile)
-    count = -(-kept // (parts * chunk)) * parts * chunk
+    parts, kept = config.train.minibatches, kept_samples(config)
+    room = -(-kept // (parts * chunk)) * parts * chunk
+    sets = _weighed_sets(config)
 
     def select(weights, x0: tuple):
-        found = heaviest(weights.reshape(sets, -1), count)
+        found = heaviest(weights.reshape(sets, -1), kept, room)
         rows, weights = (x.reshape(-1, parts).T.reshape(-1) for x in found)
         return rows, weights, jnp.concatenate(x0)[rows]
 
     return select
+
+
+def kept_samples(config: Any) -> int:
+    """How many samples of an epoch sparse RWR fits, where all have a reward."""
+    sets, prompts = _weighed_sets(config), config.prompts
+    size = prompts.per_epoch * prompts.group_size // sets
+    return sets * sparse_rwr_count(size, config.policy.rwr_percentile)
+
+
+def _weighed_sets(config: Any) -> int:
+    """In how many sets RWR weighs an epoch's samples: each prompt's, or one of all."""
+    return config.prompts.per_epoch if config.advantages.kind == "group" else 1
 
 
 def make_recompute(objective: Objective):

@@ -17,6 +17,7 @@ from ddrl_jax.draws import draw_trained_steps
 from ddrl_jax.flops import Count, count
 from ddrl_jax.learner import Minibatch
 from ddrl_jax.program import Program
+from ddrl_jax.resume import samples_per_epoch
 
 
 class Work(NamedTuple):
@@ -31,7 +32,8 @@ def epoch_work(program: Program, chunks: list[Minibatch]) -> Work:
 
     Args:
       program: the run.
-      chunks: of an epoch, with their trajectories.
+      chunks: of an epoch's updates, with their trajectories. Sparse RWR rolls out more
+        than it fits.
     """
     train = program.config.train
     per_update = len(chunks) // train.minibatches
@@ -41,7 +43,8 @@ def epoch_work(program: Program, chunks: list[Minibatch]) -> Work:
     updates = train.minibatches * train.inner_epochs
     if not program.config.policy.weight:
         return Work(Count(), update.times(updates))
-    rollout = _chunk_rollout(program, chunks[0]).times(len(chunks))
+    calls = samples_per_epoch(program.config) // program.chunk
+    rollout = _chunk_rollout(program, chunks[0]).times(calls)
     return Work(rollout, update.times(updates))
 
 

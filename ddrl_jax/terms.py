@@ -40,6 +40,9 @@ class Minibatch(NamedTuple):
     old_log_prob: Float[Array, "t b"] | None
     advantages: Float[Array, " b"] | None  # for RWR the weights of the samples
     x0: Float[Array, "b *x"] | None = None  # the samples themselves, only for RWR
+    # of the samples in the data term, 0 for those that only fill up a chunk of sparse
+    # RWR; None: all count alike
+    data_weights: Float[Array, " b"] | None = None
 
 
 class Items(NamedTuple):
@@ -122,7 +125,7 @@ def data_loss(
 ) -> tuple[Float[Array, ""], Metrics]:
     """The data term of one microbatch: diffusion loss on captioned data."""
     assert objective.source is not None, "a data term needs data"
-    keys, data_keys, records, cond, time = item
+    keys, data_keys, records, cond, time, weights = item
     draw = jax.vmap(lambda k: jax.random.split(k, 4))(data_keys)
     x0 = objective.source.latents(records, draw[:, 0])
     if objective.data.levels == "rollout":
@@ -135,7 +138,8 @@ def data_loss(
     z = noised(x0, eps, time, objective.prediction)
     out = objective.apply(params, frozen, z, time, cond)
     weighting, source = objective.data.weighting, objective.prediction
-    loss = jnp.mean(prediction_loss(out, x0, eps, time, weighting, source))
+    each = prediction_loss(out, x0, eps, time, weighting, source)
+    loss = jnp.mean(each if weights is None else weights * each)
     return objective.data.weight * loss, {"loss": loss}
 
 
@@ -202,7 +206,7 @@ def fit_items(chunks: tuple[Minibatch, ...]) -> Items:
 
 
 def data_items(objective: Objective, chunks: tuple[Minibatch, ...]) -> Items:
-    """(keys, data keys, records, cond, time): once a sample, or at every trained step.
+    """(keys, data keys, records, cond, time, weights) once a sample or a trained step.
 
     The loss is a mean over the items, so its weight does not depend on their number.
     With the rollout's levels the steps of a sample share one picture and its initial
@@ -210,6 +214,7 @@ def data_items(objective: Objective, chunks: tuple[Minibatch, ...]) -> Items:
     """
     batch, count = _stack(chunks), len(chunks)
     parts = (batch.keys, batch.data_keys, batch.records, batch.data_cond)
+    weights = batch.data_weights
     time = jnp.zeros((count, 1, *chunks[0].data_keys.shape), jnp.float32)
     if batch.trajectory is not None:
         time = _network_times(objective.kernel, batch.trajectory)
@@ -221,7 +226,8 @@ def data_items(objective: Objective, chunks: tuple[Minibatch, ...]) -> Items:
         if anew:
             draws = i * data_keys.size + jnp.arange(data_keys.size)
             data_keys = jax.vmap(jax.random.fold_in)(data_keys, draws)
-        return keys, data_keys, records, cond, _pick(_pick(time, i % count), i // count)
+        level = _pick(_pick(time, i % count), i // count)
+        return keys, data_keys, records, cond, level, _pick(weights, i % count)
 
     return Items(jnp.arange(steps * count), at)
 

@@ -158,9 +158,8 @@ def differing_keys(
     mesh.*, export.*, rewards.on_failure (of epochs without a failure),
     rewards.threads, rewards.timeout, evaluate.pictures, data.cache,
     policy.ratio_tolerance, and of rewards.vlm.* base_url, api_key_env, timeout,
-    retries, backoff and threads) and train.microbatch, except for sparse RWR, which
-    fills what it fits up to whole microbatches; and a larger train.epochs, unless the
-    schedule of the learning rate is made for it.
+    retries, backoff and threads) and train.microbatch; and a larger train.epochs,
+    unless the schedule of the learning rate is made for it.
 
     Args:
       stored: flat dotted keys of the run in the folder, as JSON gives them.
@@ -173,20 +172,18 @@ def differing_keys(
     pairs = {key: (stored.get(key, _ABSENT), wanted.get(key, _ABSENT)) for key in keys}
     longer = wanted.get("train.epochs", 0) >= stored.get("train.epochs", 0)
     may_grow = wanted.get("optimizer.schedule") != "cosine" and longer
-    sparse = wanted.get("policy.term") == "sparse_rwr"
-    free = tuple(k for k in _FREE if not (sparse and k == "train.microbatch"))
     return {
         key: pair
         for key, pair in pairs.items()
         if pair[0] != pair[1]
-        and not _is_free(key, free)
+        and not _is_free(key)
         and not (key == "train.epochs" and may_grow)
     }
 
 
-def _is_free(key: str, free: tuple[str, ...]) -> bool:
+def _is_free(key: str) -> bool:
     # data.cache is a place; other keys that begin so say what is cached
-    return key == "data.cache" or key.startswith(free)
+    return key == "data.cache" or key.startswith(_FREE)
 
 
 def replace_file(path: Path, content: bytes) -> None:

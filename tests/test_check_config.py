@@ -90,6 +90,21 @@ def test_what_may_not_be_meant_is_noted():
     assert "diversity" in large and "32" in large and "64" in large
 
 
+def test_keys_that_nothing_reads_are_noted():
+    def told(edits):
+        return notes(configured({"advantages.kind": "batch"} | edits))
+
+    rwr, clip = {"policy.term": "rwr"}, {"policy.clip_range": 1e-3}
+    assert told({}) == told(rwr) == told(clip) == []
+    (line,) = told(rwr | clip)
+    assert "policy.clip_range 0.001" in line
+    (line,) = told({"advantages.std": "none"})
+    assert 'advantages.std "none"' in line and '"batch"' in line
+    (line,) = told(rwr | {"advantages.std": "global", "advantages.kind": "group"})
+    assert 'advantages.std "global"' in line and '"rwr"' in line
+    assert told({"advantages.std": "none", "advantages.kind": "group"}) == []
+
+
 def test_a_logger_that_is_not_installed(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert "pip install tensorboardX" in refused({}).way_out

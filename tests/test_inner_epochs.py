@@ -15,7 +15,7 @@ from tiny_runs import (
 )
 
 from ddrl_jax.collect import Collected, collect
-from ddrl_jax.draws import draw_chunks, prompts_of, sample_order
+from ddrl_jax.draws import data_weights, draw_chunks, prompts_of, sample_order
 from ddrl_jax.metrics import Timer
 from ddrl_jax.objectives.advantages import PerPromptTracker
 from ddrl_jax.preemption import Preemption
@@ -42,6 +42,40 @@ def test_the_first_pass_keeps_the_samples_and_each_later_one_has_its_order():
     assert len({order.tobytes() for order in draws}) == 5
     again = sample_order(config, 1, 2, 64)
     np.testing.assert_array_equal(again, draws[5])
+
+
+@pytest.mark.parametrize("chunk", [1, 4, 8])
+def test_what_fills_up_the_chunks_of_sparse_rwr_stays_and_counts_nothing(chunk):
+    config = configured(
+        {
+            "policy.term": "sparse_rwr",
+            "policy.rwr_percentile": 0.6,  # keeps 7 of 16
+            "advantages.kind": "batch",
+            "train.minibatches": 3,
+            "train.inner_epochs": 3,
+            "prompts.per_epoch": 4,
+            "prompts.group_size": 4,
+        }
+    )
+    size = -(-3 // chunk) * chunk  # of a minibatch
+    dealt = [[0, 3, 6], [1, 4], [2, 5]]  # the kept ones by rank
+    places = [m * size + i for m, part in enumerate(dealt) for i in range(len(part))]
+    rank = dict(zip(places, sum(dealt, []), strict=True))
+    orders = [sample_order(config, 0, inner, 3 * size) for inner in range(3)]
+    np.testing.assert_array_equal(orders[0], np.arange(3 * size))
+    for inner, order in enumerate(orders):
+        fillers = np.setdiff1d(np.arange(3 * size), places)
+        np.testing.assert_array_equal(order[fillers], fillers)
+        taken = [rank[place] for place in order[places]]
+        # the same of any chunk: ranks 0 to 6 at the places of ranks 0, 3, 6, 1, ...
+        alone = sample_order(config, 0, inner, 9)
+        assert taken == [{0: 0, 1: 3, 2: 6, 3: 1, 4: 4, 6: 2, 7: 5}[i]
+                         for i in alone[[0, 1, 2, 3, 4, 6, 7]]]  # fmt: skip
+        assert sorted(taken) == [*range(7)]
+    assert orders[1].tolist() != orders[2].tolist()
+    weights = data_weights(config, 3 * size).reshape(3, size)
+    np.testing.assert_allclose(weights.mean(axis=1), 1.0, rtol=1e-6)
+    np.testing.assert_array_equal((weights > 0).sum(axis=1), [3, 2, 2])
 
 
 @pytest.mark.parametrize("axis", [0, 1])

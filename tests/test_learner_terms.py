@@ -153,7 +153,9 @@ def asked(edits, count=4096, latents=None):
     data_keys = jax.random.split(jax.random.key(2), count)
     cond = Cond(jnp.full((count, 1), 3.0))
     records, time = jnp.zeros(count, jnp.int32), jnp.full(count, 0.25)
-    value, _ = data_loss(loss, params(), {}, (keys, data_keys, records, cond, time))
+    value, _ = data_loss(
+        loss, params(), {}, (keys, data_keys, records, cond, time, None)
+    )
     return float(value), *seen[0], keys
 
 

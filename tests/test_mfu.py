@@ -12,7 +12,7 @@ import ddrl_jax.mfu as mfu
 from configs import quickstart
 from ddrl_jax.chips import CHIPS
 from ddrl_jax.data.prompts import draw_prompts
-from ddrl_jax.draws import draw_chunks, draw_trained_steps
+from ddrl_jax.draws import draw_chunks, draw_trained_steps, prompts_of
 from ddrl_jax.flops import Count
 from ddrl_jax.learner import Minibatch
 from ddrl_jax.mfu import Utilization, Work, epoch_work, rates
@@ -101,6 +101,25 @@ def test_without_a_policy_term_there_is_no_rollout():
     assert work.rollout == Count()
     model = work.update.flops - work.update.recomputed
     assert model == BATCH * CHUNKS * (3 * forward - embed)
+
+
+def test_sparse_rwr_rolls_out_all_samples_and_fits_the_kept_ones():
+    edits = {
+        "policy.term": "sparse_rwr",
+        "advantages.kind": "batch",
+        "prompts.per_epoch": 4,  # 16 samples, of which one chunk is kept
+        "train.minibatches": 1,
+        "train.inner_epochs": 3,
+    }
+    program = tiny_program(edits)
+    chunk = draw_chunks(program, prompts_of(program, 0), 0, 0)[0]
+    latents = jnp.zeros((BATCH, *program.pipeline.latent_shape))
+    kept = chunk._replace(x0=latents, advantages=jnp.zeros(BATCH))
+    forward, embed = _forward(chunk.cond[0].shape[1])
+    work = epoch_work(program, [kept])
+    assert work.rollout.flops == 16 * STEPS * forward
+    model = work.update.flops - work.update.recomputed
+    assert model == 3 * BATCH * (3 * forward - embed)
 
 
 def test_rates_are_of_one_device():

@@ -64,6 +64,18 @@ def test_a_sample_without_a_reward_weighs_nothing():
     np.testing.assert_allclose(
         found[valid], softmax(0.2 * REWARDS[valid]) * 8 / 7, rtol=1e-5
     )
+    found = weights(valid, policy__rwr_inverse_temperature=0.0)
+    np.testing.assert_allclose(found, valid * 8 / 7, rtol=1e-6)
+
+
+def test_a_sample_without_a_reward_has_no_rank_in_the_sparse_form():
+    """Four are left, of which the better half is kept, whatever is missing."""
+    valid = np.asarray([1, 1, 0, 0, 1, 0, 1, 0], bool)  # 1, 2, 0.5 and 4
+    found = weights(valid, policy__term="sparse_rwr", policy__rwr_percentile=0.5)
+    np.testing.assert_allclose(found, [0, 4, 0, 0, 0, 0, 4, 0])
+    edits = {"policy__term": "sparse_rwr", "policy__rwr_percentile": 0.9}
+    found = weights(np.arange(8) < 1, **edits)
+    np.testing.assert_allclose(found, [8, 0, 0, 0, 0, 0, 0, 0])
 
 
 def test_the_loss_is_the_weighted_denoising_loss_on_the_samples():
@@ -193,6 +205,38 @@ def test_minibatches_share_the_best_and_whole_chunks_are_filled_up():
     np.testing.assert_allclose(weights, [8 / 7] * 7 + [0], rtol=1e-6)
 
 
+@pytest.mark.slow
+def test_the_mesh_and_the_microbatch_do_not_change_what_the_sparse_form_fits():
+    """Chunks of 1 and of 8: one filler in 8, or 9 in 16; some rewards are the same."""
+    edits = {
+        "data_term.weight": 0.5,
+        "policy.term": "sparse_rwr",
+        "policy.rwr_percentile": 0.6,  # keeps 7, or with their like 8
+        "advantages.kind": "batch",
+        "prompts.per_epoch": 4,
+        "train.minibatches": 2,
+        "train.inner_epochs": 3,
+        "optimizer.lr": 1e-2,
+        "optimizer.eps": 1e-3,  # a gradient of nearly 0 has no direction
+    }
+    values = np.random.default_rng(2).permutation(16) // 2
+    found = []
+    for devices, microbatch in ((1, 1), (2, 4)):
+        mesh = {"mesh.data": devices, "train.microbatch": microbatch}
+        program = tiny_program(edits | mesh, flat_source())
+        state, pool = perturbed_state(program), Judged(values)
+        tracker = PerPromptTracker.init(4, 16)
+        kept = collect(program, state, 0, pool, tracker, Timer(), Preemption())
+        state, told = update_epoch(program, state, kept, 0)
+        found.append((len(kept.samples), told, jax.device_get(state.params)))
+    (size, told, params), (other, wanted, expected) = found
+    assert (size, other) == (8, 16)
+    for key in wanted:
+        assert told[key] == pytest.approx(wanted[key], rel=1e-4)
+    close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5)  # noqa: E731
+    jax.tree.map(close, params, expected)
+
+
 @pytest.mark.parametrize("term", ["rwr", "sparse_rwr"])
 def test_rounds_run_from_the_first_sample_to_the_checkpoint(tmp_path, term):
     edits = {
@@ -234,6 +278,9 @@ def test_fresh_moments_and_schedule():
     [
         ({"policy.kl_weight": 0.1}, "transition"),
         ({"policy.train_on": (1,)}, "transition"),
+        ({"policy.beta": 0.1}, "policy.beta 0.1"),
+        ({"policy.transform": "neg_exp"}, "inverse_temperature"),
+        ({"policy.old_log_prob": "recompute"}, 'old_log_prob "recompute"'),
         ({"advantages.kind": "tracker"}, "tracker"),
         ({"data_term.weight": 1.0, "data_term.levels": "rollout"}, "noise levels"),
     ],

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from ddrl_jax.diffusion import schedules
 from ddrl_jax.diffusion.gaussian import per_sample
@@ -145,7 +145,9 @@ def _unknown(weighting: str) -> UserError:
 
 
 def rwr_weights(
-    rewards: Float[Array | np.ndarray, "*g b"], inverse_temperature: float | int
+    rewards: Float[Array | np.ndarray, "*g b"],
+    inverse_temperature: float | int,
+    valid: Bool[Array | np.ndarray, "*g b"] | None = None,
 ) -> Float[Array, "*g b"]:
     """Reward-weighted regression (arXiv 2305.13301, sec. 4.2): w = b softmax(beta r).
 
@@ -153,9 +155,11 @@ def rwr_weights(
       rewards: any unit; the softmax runs over the last axis, so [b] weighs the whole
         set and [g b] each prompt on its own.
       inverse_temperature: beta in 1 / unit of the reward, >= 0; 0 keeps all alike.
+      valid: which samples have a reward, None: all. The softmax is over those alone.
 
     Returns:
-      Weights >= 0 with mean 1, float32.
+      Weights >= 0, 0 without a reward, with mean 1 over all b (of a set without any
+      reward all are 0), float32.
 
     Raises:
       UserError: negative or non-finite beta; non-finite rewards (under `jit`, where
@@ -168,13 +172,18 @@ def rwr_weights(
             wanted="a finite number >= 0",
             way_out="the DDPO paper uses 0.2",
         )
-    rewards = _finite(rewards)
-    weights = jax.nn.softmax(inverse_temperature * rewards, axis=-1)
-    return weights * rewards.shape[-1]
+    rewards, valid = _finite(rewards, valid)
+    beta = inverse_temperature
+    # 0 times -inf is NaN: with beta 0 the rewards are 0 instead
+    masked = jnp.where(valid, rewards if beta else 0.0, -jnp.inf)
+    weights = jax.nn.softmax((beta or 1.0) * masked, axis=-1)
+    return jnp.where(valid, weights * rewards.shape[-1], 0.0)
 
 
 def sparse_rwr_weights(
-    rewards: Float[Array | np.ndarray, "*g b"], percentile: float | int
+    rewards: Float[Array | np.ndarray, "*g b"],
+    percentile: float | int,
+    valid: Bool[Array | np.ndarray, "*g b"] | None = None,
 ) -> Float[Array, "*g b"]:
     """Sparse RWR (arXiv 2305.13301, sec. 4.2): w = 1[r >= C] / mean 1[r >= C].
 
@@ -186,9 +195,11 @@ def sparse_rwr_weights(
       rewards: any unit; the set is the last axis.
       percentile: a fraction below 1 (0.9, the paper's table) or a percentage above 1
         (90); exactly 1 could be either and is refused.
+      valid: which samples have a reward, None: all. C is the percentile of those.
 
     Returns:
-      Weights 0 or b / kept, mean 1, float32; at least the best sample is kept.
+      Weights 0 or b / kept with mean 1 over all b, float32. At least the best sample is
+      kept; of a set without any reward all weights are 0.
 
     Raises:
       UserError: percentile outside [0, 1) and (1, 100]; non-finite rewards (under
@@ -201,13 +212,18 @@ def sparse_rwr_weights(
             wanted="a fraction in [0, 1) or a percentage in (1, 100]",
             way_out="the DDPO paper uses 0.9, the share that is dropped",
         )
-    rewards = _finite(rewards)
-    rank = rewards.shape[-1] - sparse_rwr_count(rewards.shape[-1], percentile)
-    threshold = jnp.sort(rewards, axis=-1)[..., rank : rank + 1]
-    kept = (rewards >= threshold).astype(jnp.float32)
+    rewards, valid = _finite(rewards, valid)
+    # The rank for every number of valid samples: float32 would round it when traced.
+    counts = range(1, rewards.shape[-1] + 1)
+    ranks = np.array([0, *(n - sparse_rwr_count(n, percentile) for n in counts)])
+    rank = jnp.asarray(ranks)[jnp.sum(valid, axis=-1, keepdims=True)]
+    ascending = jnp.sort(jnp.where(valid, rewards, jnp.inf), axis=-1)
+    threshold = jnp.take_along_axis(ascending, rank, axis=-1)
+    kept = (valid & (rewards >= threshold)).astype(jnp.float32)
     broken = jnp.isnan(rewards).any(axis=-1, keepdims=True)
-    kept = jnp.where(broken, jnp.nan, kept)
-    return kept / jnp.mean(kept, axis=-1, keepdims=True)
+    kept = jnp.where(valid & broken, jnp.nan, kept)
+    share = jnp.mean(kept, axis=-1, keepdims=True)
+    return jnp.where(valid.any(axis=-1, keepdims=True), kept / share, 0.0)
 
 
 def sparse_rwr_count(size: int, percentile: float | int) -> int:
@@ -217,7 +233,7 @@ def sparse_rwr_count(size: int, percentile: float | int) -> int:
 
 
 def heaviest(
-    weights: Float[Array, "g b"], count: int
+    weights: Float[Array, "g b"], count: int, room: int | None = None
 ) -> tuple[Int[Array, " k"], Float[Array, " k"]]:
     """The rows that weigh most, so many of all sets together, the sets in turn.
 
@@ -226,27 +242,37 @@ def heaviest(
 
     Args:
       weights: >= 0 with mean 1, the set is the last axis.
-      count: k, at most g b.
+      count: at most g b.
+      room: k, rows to return, at least `count`: the next ones fill it up and weigh
+        nothing. None: as many as are counted.
 
     Returns:
       Rows of the flattened weights, and their weights times k / (g b): a mean of k
       weighted losses is then the one over all rows.
     """
-    groups, size = weights.shape
+    (groups, size), room = weights.shape, room or count
     order = jnp.argsort(-weights, axis=-1, stable=True)
     ranked = jnp.take_along_axis(weights, order, axis=-1)
     taken = count > jnp.arange(groups * size).reshape(size, groups).T
     part = jnp.sum(jnp.where(taken, ranked, 0.0), axis=-1, keepdims=True)
     whole = jnp.sum(ranked, axis=-1, keepdims=True)
-    ranked = ranked * jnp.where(part > 0, whole / part, 1.0)
+    scale = jnp.where(part > 0, whole / part, 1.0)
+    ranked = jnp.where(taken, ranked * scale, 0.0)
     rows = order + size * jnp.arange(groups)[:, None]
-    first = lambda x: x.T.reshape(-1)[:count]  # noqa: E731
-    return first(rows), first(ranked) * (count / weights.size)
+    first = lambda x: x.T.reshape(-1)[:room]  # noqa: E731
+    return first(rows), first(ranked) * (room / weights.size)
 
 
-def _finite(rewards: Array | np.ndarray) -> Array:
-    """Float32 rewards; refuses NaN and inf where the values can be read."""
+def _finite(
+    rewards: Array | np.ndarray, valid: Array | np.ndarray | None
+) -> tuple[Array, Array]:
+    """(float32 rewards, 0 where there is none; which there are).
+
+    Refuses NaN and inf where the values can be read.
+    """
     values = jnp.asarray(rewards, jnp.float32)
+    there = jnp.ones(values.shape, bool) if valid is None else jnp.asarray(valid)
+    values = jnp.where(there, values, 0.0)
     if not isinstance(values, Tracer):
         bad = int(np.sum(~np.isfinite(np.asarray(values))))
         if bad:
@@ -256,4 +282,4 @@ def _finite(rewards: Array | np.ndarray) -> Array:
                 wanted="finite rewards",
                 way_out="leave failed samples out before weighting",
             )
-    return values
+    return values, there

@@ -224,7 +224,10 @@ def _chunk(config: Any, mesh: Mesh, pipeline: Any, kernel: Any) -> Minibatch:
     weighted = config.policy.term in WEIGHTED
     x0 = split((size, *latent)) if weighted else None
     kept, old = (None, None) if weighted else (kept, flat)
-    return Minibatch(keys, keys, cond, *pair, kept, old, split((size,)), x0)
+    chunk = Minibatch(keys, keys, cond, *pair, kept, old, split((size,)), x0)
+    if config.policy.term == "sparse_rwr" and config.data_term.weight:
+        return chunk._replace(data_weights=split((size,)))
+    return chunk
 
 
 def compile_phase(phase: Phase, mesh: Mesh) -> Compiled:

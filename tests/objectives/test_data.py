@@ -144,6 +144,33 @@ def test_percentile_may_be_a_fraction_or_a_percentage():
     assert np.count_nonzero(sparse_rwr_weights(rewards, 0.9)) == 2
 
 
+@pytest.mark.parametrize("percent", [0, 10, 50, 90, 100])
+def test_the_percentile_is_that_of_the_samples_with_a_reward(percent):
+    """Sets of 0 to 32 rewards of 32, in one jitted table as training has it."""
+    random = np.random.default_rng(percent)
+    rewards = random.permutation(33 * 32).reshape(33, 32).astype(np.float32)
+    valid = random.permuted(np.arange(32) < np.arange(33)[:, None], axis=1)
+    weigh = jax.jit(lambda r, v: sparse_rwr_weights(r, percent, v))
+    found = weigh(np.where(valid, rewards, np.nan), valid)
+    np.testing.assert_array_equal(found[0], 0.0)
+    for row, own, there in zip(found[1:], rewards[1:], valid[1:], strict=True):
+        threshold = np.percentile(own[there].astype(np.float64), percent) - 1e-9
+        kept = there & (own >= threshold)
+        np.testing.assert_allclose(row, kept * 32 / kept.sum(), rtol=1e-6)
+    whole = sparse_rwr_weights(rewards[32], percent)
+    np.testing.assert_array_equal(found[32], whole)
+
+
+def test_the_softmax_is_over_the_samples_with_a_reward():
+    rewards, valid = np.array([3.0, np.nan, 1.0, np.inf]), np.array([1, 0, 1, 0], bool)
+    none = np.zeros(4, bool)
+    found = rwr_weights(np.stack([rewards, rewards]), 2.0, np.stack([valid, none]))
+    powers = np.exp([6.0, 2.0])
+    np.testing.assert_allclose(found[0, [0, 2]], 4 * powers / powers.sum(), rtol=1e-6)
+    np.testing.assert_array_equal(found[0, [1, 3]], 0.0)
+    np.testing.assert_array_equal(found[1], 0.0)
+
+
 @pytest.mark.parametrize("value", [0.1, 1 / 3, -1e-30, 12345.678])
 @pytest.mark.parametrize("size", [2, 11])
 def test_a_set_of_ties_is_kept_whole(value, size):
@@ -183,6 +210,15 @@ def test_the_heaviest_rows_keep_the_mean_of_the_whole():
         np.testing.assert_array_equal(found, rows)
         mean = np.mean(np.asarray(kept) * losses[found])
         assert mean == pytest.approx((2 * 2 + 2 * 4 + 4 * 5) / 8)
+
+
+def test_the_next_rows_fill_up_the_room_and_weigh_nothing():
+    weights = jnp.asarray([[0.0, 2.0, 0.5, 1.5], [4.0, 0.0, 0.0, 0.0]], jnp.float32)
+    _, kept = heaviest(weights, 3)
+    rows, found = heaviest(weights, 3, 5)
+    np.testing.assert_array_equal(rows, [1, 4, 3, 5, 2])
+    np.testing.assert_allclose(found[:3], kept * 5 / 3, rtol=1e-6)
+    np.testing.assert_array_equal(found[3:], 0.0)
 
 
 def test_of_ties_that_do_not_fit_the_first_take_the_weight_of_all():
