@@ -301,10 +301,16 @@ class VlmClient:
 
 
 def _parts(response: Any) -> Iterator[bytes]:
-    """A body as it arrives; of too large a one no more than is too large."""
+    """A body as it arrives; of too large a one no more than is too large.
+
+    Raises ConnectionError where less came than Content-Length had announced: read1
+    takes that for an end (a cut chunked body is an IncompleteRead of its own).
+    """
     size = 0
     while part := response.read1(65536):
         size += len(part)
         if size > LARGEST_BODY:
             raise Failure("not_json", f"more than {LARGEST_BODY} bytes")
         yield part
+    if response.length:
+        raise ConnectionError(f"cut after {size} bytes, {response.length} too early")

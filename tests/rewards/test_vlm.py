@@ -1,5 +1,6 @@
 """The client of a vision-language model: every way an endpoint can fail it."""
 
+import contextlib
 import socket
 import threading
 import time
@@ -152,6 +153,42 @@ def test_a_refused_connection_is_tried_again_and_counted():
     counters = asker.counters()
     assert counters["failures/connection"] == 2 and counters["retries"] == 4
     assert "refused" in asker.last_failure()
+
+
+def cut(head, body):
+    """A server that ends its connection after this much of an answer."""
+
+    def answer(listener):
+        with contextlib.suppress(OSError):
+            while True:
+                connection, _ = listener.accept()
+                with connection:
+                    connection.recv(1 << 20)
+                    connection.sendall(OK + head + b"\r\n\r\n" + body)
+                    connection.shutdown(socket.SHUT_WR)
+                    while connection.recv(1 << 20):  # the rest of the question
+                        pass
+
+    listener = socket.create_server(("127.0.0.1", 0))
+    threading.Thread(target=answer, args=(listener,), daemon=True).start()
+    return listener
+
+
+@pytest.mark.parametrize(
+    ("head", "body"),
+    [
+        (b"Content-Length: 100", b'{"choices": ['),
+        (b"Content-Length: 100", b""),
+        (b"Transfer-Encoding: chunked", b'40\r\n{"choices": ['),
+    ],
+)
+def test_an_answer_cut_short_is_a_lost_connection(head, body):
+    with cut(head, body) as listener:
+        asker = client(f"http://127.0.0.1:{listener.getsockname()[1]}/v1")
+        assert asker.ask_all(PICTURES[:1], [["?"]]) == [[None]]
+        listener.shutdown(socket.SHUT_RDWR)  # wakes accept
+    assert asker.counters()["failures/connection"] == 1
+    assert asker.counters()["retries"] == 2
 
 
 @pytest.mark.parametrize(
