@@ -202,6 +202,8 @@ def test_an_answer_cut_short_is_a_lost_connection(head, body):
         ("no_choices", "[1, 2]"),
         ("no_choices", "null"),
         ("no_choices", {"choices": [{"message": None}]}),
+        ("no_choices", said(5)[1]),
+        ("no_choices", said({"text": "a cat"})[1]),
     ],
 )
 def test_nonsense_is_no_answer(kind, reply):
@@ -210,7 +212,7 @@ def test_nonsense_is_no_answer(kind, reply):
     assert counters["requests"] == 1  # asked again, temperature 0 says the same
 
 
-@pytest.mark.parametrize("content", ["  \n", None, [{"type": "image_url"}], 3])
+@pytest.mark.parametrize("content", ["  \n", None, [{"type": "image_url"}]])
 def test_an_empty_answer_is_asked_for_again_and_then_none(content):
     counters, _ = failing(lambda b, n: said(content))
     assert counters["failures/empty"] == 1
@@ -366,7 +368,9 @@ def test_a_wrong_key_is_found_before_training():
     assert "refuses no key" in error.what and "api_key_env" in error.way_out
 
 
-@pytest.mark.parametrize("reply", [(200, HTML), (200, {"choices": []}), (500, "x")])
+@pytest.mark.parametrize(
+    "reply", [(200, HTML), (200, {"choices": []}), (500, "x"), said(5)]
+)
 def test_a_server_of_another_kind_is_found(reply):
     assert "no usable answer" in checked(lambda b, n: reply).what
 
