@@ -6,7 +6,6 @@ and the reward is how much of "The image contains {prompt}" its answer recalls
 """
 
 import importlib
-import logging
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -61,7 +60,6 @@ class Alignment(NamedTuple):
             candidates = [answers[i] or "" for i in told]
             references = [REFERENCE.format(prompts[i]) for i in told]
             scores[told] = self.scorer(candidates, references)
-        _report(self.client, scores)
         return scores
 
     def check(self) -> None:
@@ -76,6 +74,10 @@ class Alignment(NamedTuple):
     def counters(self) -> dict[str, int]:
         """Returns requests, retries and failures so far, see `VlmClient.counters`."""
         return self.client.counters()
+
+    def why_missing(self) -> UserError | None:
+        """Says why pictures have no score; the pool only sees that they have none."""
+        return self.client.why_missing()
 
 
 class RightAnswers(NamedTuple):
@@ -100,7 +102,6 @@ class RightAnswers(NamedTuple):
         answers = self.client.ask_all(images, texts)
         pairs = zip(asked, answers, strict=True)
         scores = np.array([self._share(*pair) for pair in pairs], np.float32)
-        _report(self.client, scores)
         return scores
 
     def check(self) -> None:
@@ -114,6 +115,10 @@ class RightAnswers(NamedTuple):
     def counters(self) -> dict[str, int]:
         """Returns requests, retries and failures so far, see `VlmClient.counters`."""
         return self.client.counters()
+
+    def why_missing(self) -> UserError | None:
+        """Says why pictures have no score; the pool only sees that they have none."""
+        return self.client.why_missing()
 
     def _share(
         self, questions: Sequence[Question], answers: Sequence[str | None]
@@ -271,16 +276,3 @@ def _words(text: str) -> set[str]:
 
 def _share(found: set[str], wanted: set[str]) -> float:
     return len(found & wanted) / len(wanted) if wanted else np.nan
-
-
-def _report(client: VlmClient, scores: np.ndarray) -> None:
-    """Says why samples have no score; the pool only sees that they have none."""
-    missing = int(np.isnan(scores).sum())
-    if missing:
-        logging.getLogger(__name__).warning(
-            "%d of %d pictures have no score from %s; the last failure was %s",
-            missing,
-            len(scores),
-            client.endpoint.model,
-            client.last_failure() or "in the scorer",
-        )
