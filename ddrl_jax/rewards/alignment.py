@@ -18,6 +18,7 @@ from ddrl_jax.rewards.endpoint import endpoint_of
 from ddrl_jax.rewards.questions import (
     SHOWN,
     Question,
+    folded,
     is_right,
     questions_of,
     read_questions,
@@ -270,7 +271,7 @@ def _words_that_count(text: str) -> set[str]:
 
 
 def _words(text: str) -> set[str]:
-    kept = "".join(c if c.isalnum() else " " for c in text.casefold())
+    kept = "".join(c if c.isalnum() else " " for c in folded(text))
     return set(kept.split())
 
 

@@ -211,6 +211,8 @@ def test_word_recall():
         ): 0.5,  # of a dog riding bike
         ("The image contains", "The image contains a cat"): 0.0,
         ("", "The image contains a cat"): 0.0,
+        ("a caf\u00e9", "The image contains a cafe\u0301"): 1.0,
+        ("A CAFE\u0301", "The image contains a caf\u00e9"): 1.0,
         ("a lion", "The image contains \U0001f981"): np.nan,
         ("the image", "The image contains the image"): np.nan,
     }
