@@ -213,6 +213,10 @@ FILES = {
                      'did you mean "train.epochs"?'),
     "missing key": (START + "\n    del c.train.epochs\n    return c\n",
                     "lacks the key train.epochs"),
+    "placeholder that stays empty": (
+        "from ml_collections.config_dict import required_placeholder\n" + START
+        + "\n    c.seed = required_placeholder(int)\n    return c\n",
+        "--config.seed=VALUE"),
     "a configuration of something else": (
         "from ml_collections import ConfigDict\n"
         "def get_config():\n    return ConfigDict({'batch': 3})\n", "batch"),

@@ -134,6 +134,39 @@ def test_a_bad_configuration_never_reaches_its_mode(stand_in, capsys):
     assert "train.minibatches" in capsys.readouterr().err
 
 
+@pytest.fixture
+def written(tmp_path):
+    """written(body): a configuration file whose get_config ends with these lines."""
+
+    def write(body: str) -> str:
+        head = "from ml_collections import FrozenConfigDict, config_dict\n"
+        head += "from configs import base\ndef get_config():\n"
+        lines = ("c = base.get_config()", *body.splitlines())
+        (tmp_path / "mine.py").write_text(head + "".join(f"    {x}\n" for x in lines))
+        return f"--config={tmp_path / 'mine.py'}"
+
+    return write
+
+
+def test_a_placeholder_is_filled_on_the_command_line(written):
+    body = "c.seed = config_dict.required_placeholder(int)\nreturn c"
+    command = ["main", "--workdir=w", written(body)]
+    assert parse([*command, "--config.seed=7"]).config.seed == 7
+    with pytest.raises(UserError, match="seed has no value"):
+        parse(command)
+    with pytest.raises(UserError, match="seed has a value of the wrong type"):
+        parse([*command, "--config.seed=x"])
+
+
+def test_a_frozen_configuration_can_be_overridden(written):
+    command = ["main", "--workdir=w", written("return FrozenConfigDict(c)")]
+    config = parse([*command, "--config.train.epochs=7"]).config
+    assert config.train.epochs == 7 and config.is_locked
+    wanted = load_config(f"{ROOT}/configs/base.py")
+    wanted.train.epochs = 7
+    assert flatten(config) == flatten(wanted)
+
+
 def test_a_home_is_spelt_out_once_in_every_path(monkeypatch):
     monkeypatch.setenv("HOME", "/somewhere")
     overrides = [f"--config.{key}=~/x" for key in PATHS]
