@@ -69,6 +69,8 @@ ARGUMENTS = {
     "no flag at all": ([SMOKE, "--workdir=w", "train"], "belongs to no flag"),
     "value apart": ([SMOKE, "--workdir=w", "--config.log.progress", "0"], "got:     0"),
     "flagfile": ([SMOKE, "--workdir=w", "--flagfile=none.txt"], "none.txt"),
+    "config of a long name": ([f"--config={300 * 'x'}", "--workdir=w"], "too long"),
+    "report of a long name": ([f"--workdir={300 * 'x'}", "--mode=report"], "too long"),
     "report of nothing": (["--workdir=none", "--mode=report"], "is not a workdir"),
 }
 

@@ -210,15 +210,24 @@ def test_an_error_of_the_user_is_one_message_and_status_2(stand_in, capsys):
     assert captured.out == ""
 
 
-@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EROFS])
-def test_a_disk_that_refuses_is_an_error_of_the_user(number, stand_in, capsys):
+REFUSALS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)
+REFUSALS += (errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG)
+
+
+@pytest.mark.parametrize("number", REFUSALS)
+def test_a_disk_or_a_path_that_refuses_is_an_error_of_the_user(
+    number, stand_in, capsys
+):
     stand_in("train", failing(OSError(number, os.strerror(number), "w/state")))
     assert run(["main", SMOKE, "--workdir=w"]) == 2
     message = capsys.readouterr().err
     assert "w/state" in message and os.strerror(number) in message
 
 
-@pytest.mark.parametrize("error", [OSError(errno.EBADF, "?"), ValueError("a bug")])
+@pytest.mark.parametrize(
+    "error",
+    [OSError(errno.EBADF, "?"), OSError(errno.EISDIR, "no path"), ValueError("a bug")],
+)
 def test_a_bug_keeps_its_traceback(error, stand_in):
     stand_in("train", failing(error))
     with pytest.raises(type(error)):
