@@ -123,8 +123,9 @@ def _enable_compilation_cache() -> None:
     import jax
 
     cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    default = os.path.join(os.path.expanduser(cache), "ddrl_jax", "jax")
-    folder = os.environ.get("JAX_COMPILATION_CACHE_DIR") or default
+    default = os.path.join(cache, "ddrl_jax", "jax")
+    own = os.environ.get("JAX_COMPILATION_CACHE_DIR")
+    folder = os.path.expanduser(own or default)
     try:
         os.makedirs(folder, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):

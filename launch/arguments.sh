@@ -53,6 +53,18 @@ of_program() {
   printf '%s' "$value"
 }
 
+# Prints the value of --workdir with its "~" spelt out, as the program does: bash does not
+# after a "=".
+workdir_of_program() {
+  local workdir home
+  workdir=$(of_program workdir)
+  if [[ $workdir =~ ^(~([A-Za-z_][A-Za-z0-9_.-]*)?)(/|$) ]]; then
+    eval "home=${BASH_REMATCH[1]}" # a name and nothing else
+    workdir=$home${workdir#"${BASH_REMATCH[1]}"}
+  fi
+  printf '%s' "$workdir"
+}
+
 need() {
   local name
   for name in "$@"; do

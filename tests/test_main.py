@@ -265,6 +265,9 @@ def test_compiled_programs_are_kept_where_the_environment_says(
 ):
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "here"))
     assert cache_folder(stand_in) == str(tmp_path / "here")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "~/mine")
+    assert cache_folder(stand_in) == str(tmp_path / "mine")
     monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert cache_folder(stand_in) == str(tmp_path / "ddrl_jax" / "jax")
