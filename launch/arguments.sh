@@ -72,6 +72,18 @@ need() {
   done
 }
 
+# whole LEAST NAME...: these options are whole numbers, where they are given.
+whole() {
+  local least=$1 name value
+  shift
+  for name in "$@"; do
+    value=${OPTION[$name]:-$least}
+    if [[ ! $value =~ ^(0|[1-9][0-9]{0,5})$ ]] || ((value < least)); then
+      fail "--$name=$value is not a whole number >= $least"
+    fi
+  done
+}
+
 # What is wrong with --config and --workdir is said before anything is rented.
 check_program() {
   local config workdir
