@@ -267,7 +267,9 @@ RULES: dict[str, Rule] = {
     "sample.solver": choice("auto", "euler", "heun", "ddim"),
     "sample.guidance_scale": number(0),
     "sample.steps": integer(1),
-    "sample.output": text(),
+    "sample.output": Rule(
+        'a path or ""', lambda v: v == "" or text(empty=False).accepts(v)
+    ),
     "export.merge_lora": switch(),
     "export.bake_alpha": switch(),
     "export.dtype": choice("float32", "float16", "bfloat16"),
