@@ -42,6 +42,14 @@ def refused(monkeypatch, capsys, tmp_path):
 ARGUMENTS = {
     "nothing": ([], "--workdir is missing"),
     "no config": (["--workdir=w"], "--config is missing"),
+    "two configs": (
+        [SMOKE, "--config=configs/base.py", "--workdir=w"],
+        f"{SMOKE} --config=configs/base.py\n",
+    ),
+    "a config twice": (
+        ["--mode=report", SMOKE, "--workdir=w", "--config", SMOKE[9:]],
+        f"{SMOKE} {SMOKE}\n",
+    ),
     "no workdir": ([SMOKE], "--workdir is missing"),
     "empty workdir": ([SMOKE, "--workdir="], "--workdir is missing"),
     "workdir without value": ([SMOKE, "--workdir"], "Missing value"),
