@@ -68,10 +68,10 @@ def parse(argv: Sequence[str]) -> Command:
 
     Raises:
       UserError: an unknown flag, key or mode, a value of the wrong type, a missing
-        workdir, or a configuration that can not be loaded.
+        workdir, or a configuration that can not be loaded or is one of several.
     """
     values = flags.FlagValues()
-    flags.DEFINE_string("config", None, "configuration file", flag_values=values)
+    flags.DEFINE_multi_string("config", None, "one file", flag_values=values)
     flags.DEFINE_string("workdir", None, "folder of the run", flag_values=values)
     flags.DEFINE_string("mode", "train", "what to do", flag_values=values)
     flags.DEFINE_string("profile", None, "epochs to trace", flag_values=values)
@@ -100,9 +100,10 @@ def parse(argv: Sequence[str]) -> Command:
     _check_flags(rest[1:])
     place = {name.removeprefix("distributed."): values[name].value for name in PLACE}
     workdir = os.path.expanduser(values.workdir or "")
-    if not values.config and values.mode in ("report", "compare"):
+    file = _one_file(values.config or [""])
+    if not file and values.mode in ("report", "compare"):
         return Command(values.mode, workdir, None, place)
-    config = override(load_config(values.config or ""), rest)
+    config = override(load_config(file), rest)
     profile = None
     if values.profile is not None:
         total = flatten(config).get("train.epochs")
@@ -119,6 +120,18 @@ def _check_mode(mode: str) -> None:
             wanted="one of " + ", ".join(MODES),
             way_out=near(mode, tuple(MODES)) + "correct --mode",
         )
+
+
+def _one_file(files: Sequence[str]) -> str:
+    """The configuration file: a second one would replace the first, not change it."""
+    if len(files) > 1:
+        raise UserError(
+            "--config is given more than once",
+            got=" ".join(f"--config={file}" for file in files),
+            wanted="one configuration file",
+            way_out="leave out all but one; --config.KEY=VALUE changes its keys",
+        )
+    return files[0]
 
 
 def _epochs(text: str, mode: str, total: object) -> tuple[int, int]:

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from absl import flags
-from ml_collections import ConfigDict, config_flags
+from ml_collections import ConfigDict, FieldReference, FrozenConfigDict, config_flags
+from ml_collections.config_dict import placeholder
 
 from ddrl_jax.config_rules import RULES, flatten, near, plain
 from ddrl_jax.errors import UserError
@@ -44,7 +45,7 @@ def load_config(spec: str) -> ConfigDict:
 
     Returns:
       The configuration, locked: keys can be changed and not added; "~" in its paths
-      is spelt out.
+      is spelt out, and a placeholder without a value is None.
 
     Raises:
       UserError: no such file, or one whose get_config() gives no ConfigDict.
@@ -68,6 +69,10 @@ def load_config(spec: str) -> ConfigDict:
         )
     with _config_errors(name), _importable(path.resolve().parent.parent):
         config = _run_get_config(path, name, variant)
+        if isinstance(config, FrozenConfigDict):
+            config = ConfigDict(config)  # overrides have to change it
+        if isinstance(config, ConfigDict):
+            _open_placeholders(config)
     if not isinstance(config, ConfigDict):
         raise UserError(
             f"get_config() of {name} returned no configuration",
@@ -76,6 +81,18 @@ def load_config(spec: str) -> ConfigDict:
             way_out="return what get_config() of configs/base.py gave, edited",
         )
     return expand_paths(config).lock()
+
+
+def _open_placeholders(config: ConfigDict) -> None:
+    """Lets required placeholders be read before their values are given: as None.
+
+    `override` refuses one that stays empty.
+    """
+    for _, value in config.items(preserve_field_references=True):
+        if isinstance(value, ConfigDict):
+            _open_placeholders(value)
+        elif isinstance(value, FieldReference) and value.empty():
+            value.set(placeholder(value.get_type()))
 
 
 @contextmanager
@@ -153,7 +170,8 @@ def override(config: ConfigDict, argv: Sequence[str]) -> ConfigDict:
       argv: the program first, then overrides only.
 
     Raises:
-      UserError: an unknown key, or a value of another type than the default's.
+      UserError: an unknown key, a value of another type than the default's, or a
+        placeholder that has no value yet.
     """
     _check_keys(config, argv[1:])
     values = flags.FlagValues()
@@ -171,6 +189,7 @@ def override(config: ConfigDict, argv: Sequence[str]) -> ConfigDict:
             wanted=USAGE,
             way_out=f"write --config.KEY={left[0]}, or quote values with spaces",
         )
+    _check_placeholders(values.config)
     return expand_paths(values.config)
 
 
@@ -200,6 +219,17 @@ def _check_keys(config: Any, argv: Sequence[str]) -> None:
             wanted="a key of configs/base.py",
             way_out=near(found[1], keys) + "correct the name",
         )
+
+
+def _check_placeholders(config: ConfigDict) -> None:
+    for key, value in flatten(config).items():
+        if value is None and key in RULES:
+            raise UserError(
+                f"{key} has no value",
+                got="the configuration file leaves it open, and so do the arguments",
+                wanted=RULES[key].wanted,
+                way_out=f"give it: --config.{key}=VALUE",
+            )
 
 
 def _check_reward_key(weights: Any, key: str) -> None:

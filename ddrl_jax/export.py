@@ -83,6 +83,14 @@ def _target(config: Any, root: Path, epoch: int) -> Path:
 
 
 def _refuse_existing(target: Path) -> None:
+    folder = target.parent
+    if folder.exists() and not folder.is_dir():
+        raise UserError(
+            f"{target} can not lie there",
+            got=f"{folder}, which is a file",
+            wanted="a folder, or nothing",
+            way_out="move it away",
+        )
     if target.exists():
         raise UserError(
             f"{target} is already there",

@@ -123,8 +123,9 @@ def _enable_compilation_cache() -> None:
     import jax
 
     cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    default = os.path.join(os.path.expanduser(cache), "ddrl_jax", "jax")
-    folder = os.environ.get("JAX_COMPILATION_CACHE_DIR") or default
+    default = os.path.join(cache, "ddrl_jax", "jax")
+    own = os.environ.get("JAX_COMPILATION_CACHE_DIR")
+    folder = os.path.expanduser(own or default)
     try:
         os.makedirs(folder, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
@@ -150,20 +151,32 @@ def _disk_explained() -> Iterator[None]:
 
 
 def _disk_problem(error: OSError) -> UserError | None:
-    """A full or read-only disk as a message; None for any other failure."""
-    hints = {
-        errno.ENOSPC: "free some space and start again: the run goes on",
-        errno.EDQUOT: "free some of your quota and start again: the run goes on",
-        errno.EROFS: "name a folder that can be written with --workdir",
-        errno.EACCES: "name a folder that can be written with --workdir",
+    """A disk or a path that refuses as a message; None for any other failure."""
+    room = "a disk with room and permission to write"
+    start, folder = "start again: the run goes on", "--workdir, or in the key of a path"
+    rows = {
+        errno.ENOSPC: (room, f"free some space and {start}"),
+        errno.EDQUOT: (room, f"free some of your quota and {start}"),
+        errno.EROFS: (room, "name a folder that can be written with --workdir"),
+        errno.EACCES: (room, "name a folder that can be written with --workdir"),
     }
-    if error.errno not in hints:
+    moved = f"move away what lies there, or name another place in {folder}"
+    shorter = f"a shorter name in --config, {folder}"
+    named = {  # of a path; without one, it is no mistake of the user
+        errno.EEXIST: ("nothing in the place of a new file or folder", moved),
+        errno.ENOTDIR: ("a folder there, where there is a file", moved),
+        errno.EISDIR: ("a file there, where there is a folder", moved),
+        errno.ENAMETOOLONG: ("a name that the disk can hold", shorter),
+    }
+    rows |= named if error.filename else {}
+    if error.errno not in rows:
         return None
+    wanted, way_out = rows[error.errno]
     return UserError(
         f"{error.filename or 'a file'} can not be read or written",
         got=os.strerror(error.errno),
-        wanted="a disk with room and permission to write",
-        way_out=hints[error.errno],
+        wanted=wanted,
+        way_out=way_out,
     )
 
 

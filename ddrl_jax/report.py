@@ -86,40 +86,64 @@ def _read(root: Path) -> _Run:
             wanted="the folder that --workdir named in a training run",
             way_out="--mode=report --workdir=THAT_FOLDER",
         )
-    config: dict[str, Any] = {}
-    try:
-        config = json.loads((root / "config.json").read_text())
-    except (OSError, ValueError) as error:
-        missing.append(f"config.json: {error}")
+    config = _read_config(root / "config.json", missing)
     rows = _read_lines(root / "metrics.jsonl", missing)
     starts = _read_lines(root / "starts.jsonl", missing)
     samples = _find_samples(root / "samples")
     if not samples:
         missing.append("samples/: no pictures yet (the first evaluation writes them)")
     discarded = root / "metrics.discarded.jsonl"
-    if discarded.exists():
+    if discarded.is_file():
         count = len(discarded.read_bytes().splitlines())
         missing.append(f"{count} lines of {discarded.name}: epochs run again, or ends")
-    wanted = config.get("train", {}).get("epochs")
+    wanted = _lookup(config, "train.epochs")
     done = rows[-1].get("step") if rows else 0
     if wanted is not None and (done or 0) < wanted:
         missing.append(f"the run is not finished: epoch {done} of {wanted}")
     return _Run(root, config, rows, starts, samples, missing)
 
 
+def _read_config(path: Path, missing: list[str]) -> dict[str, Any]:
+    """The configuration; {} where there is none, or something else in its place."""
+    try:
+        config = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        missing.append(f"{path.name}: {error}")
+        return {}
+    if isinstance(config, dict):
+        counted = isinstance(_lookup(config, "train.epochs"), int)
+        if counted or "train" not in config:
+            return config
+    missing.append(f"{path.name}: not the configuration of a run")
+    return {}
+
+
 def _read_lines(path: Path, missing: list[str]) -> Rows:
-    if not path.exists():
+    try:
+        lines = path.read_text(errors="replace").splitlines()
+    except FileNotFoundError:
         missing.append(f"{path.name}: no such file yet")
         return []
-    rows, broken = [], 0
-    for line in path.read_text(errors="replace").splitlines():
-        try:
-            rows.append(dict(json.loads(line)))
-        except (ValueError, TypeError):
-            broken += 1
-    if broken:
+    except OSError as error:
+        missing.append(f"{path.name}: {error}")
+        return []
+    rows = [row for row in map(_read_line, lines) if row is not None]
+    if broken := len(lines) - len(rows):
         missing.append(f"{path.name}: {broken} unreadable lines")
     return rows
+
+
+def _read_line(line: str) -> dict[str, Any] | None:
+    """An object in which what the page looks into has its kind, None for others."""
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(row, dict) or not isinstance(row.get("step", 0), int):
+        return None
+    kinds = (("nonfinite", list), ("versions", dict))  # or null, which is none of it
+    fits = (isinstance(row.get(key) or kind(), kind) for key, kind in kinds)
+    return row if all(fits) else None
 
 
 def _find_samples(folder: Path) -> dict[str, list[tuple[int, Path]]]:
@@ -127,7 +151,7 @@ def _find_samples(folder: Path) -> dict[str, list[tuple[int, Path]]]:
     found: dict[str, list[tuple[int, Path]]] = {}
     for path in sorted(folder.glob("*.png")):
         match = re.fullmatch(r"(.+)_(\d+)", path.stem)
-        if match and not path.name.startswith("."):
+        if match and not path.name.startswith(".") and path.is_file():
             found.setdefault(match[1], []).append((int(match[2]), path))
     return {name: sorted(pictures) for name, pictures in sorted(found.items())}
 
@@ -203,7 +227,7 @@ def _first_last(rows: Rows) -> Iterable[str]:
         yield f'<tr><td>{html.escape(key)}</td><td class="n">{first}</td>'
         yield f'<td class="n">{last}</td><td>{steps[0]} to {steps[-1]}</td></tr>'
     yield "</table>"
-    bad = {key for row in rows for key in row.get("nonfinite", ())}
+    bad = {key for row in rows for key in map(str, row.get("nonfinite") or ())}
     if bad:
         yield _missing(f"Not finite at some epoch: {', '.join(sorted(bad))}.")
 
@@ -223,7 +247,7 @@ def _machine(starts: Rows) -> Iterable[str]:
         yield _missing("No starts.jsonl: machine and command are not known.")
         return
     last = dict(starts[-1])
-    versions = last.pop("versions", {})
+    versions = last.pop("versions", None) or {}
     command = str(last.pop("command", "not known"))
     yield f"<pre>{html.escape(command)}</pre>"
     yield _table([*last.items(), *versions.items()])

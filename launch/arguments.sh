@@ -53,10 +53,34 @@ of_program() {
   printf '%s' "$value"
 }
 
+# Prints the value of --workdir with its "~" spelt out, as the program does: bash does not
+# after a "=".
+workdir_of_program() {
+  local workdir home
+  workdir=$(of_program workdir)
+  if [[ $workdir =~ ^(~([A-Za-z_][A-Za-z0-9_.-]*)?)(/|$) ]]; then
+    eval "home=${BASH_REMATCH[1]}" # a name and nothing else
+    workdir=$home${workdir#"${BASH_REMATCH[1]}"}
+  fi
+  printf '%s' "$workdir"
+}
+
 need() {
   local name
   for name in "$@"; do
     [[ -n ${OPTION[$name]:-} ]] || fail "--$name=... is missing; see --help"
+  done
+}
+
+# whole LEAST NAME...: these options are whole numbers, where they are given.
+whole() {
+  local least=$1 name value
+  shift
+  for name in "$@"; do
+    value=${OPTION[$name]:-$least}
+    if [[ ! $value =~ ^(0|[1-9][0-9]{0,5})$ ]] || ((value < least)); then
+      fail "--$name=$value is not a whole number >= $least"
+    fi
   done
 }
 

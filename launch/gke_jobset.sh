@@ -23,7 +23,9 @@ parse "name= image= tpu= topology= chips= slices= claim= spot restarts= namespac
 need name image tpu topology claim
 check_program
 tool kubectl "the Kubernetes CLI"
-[[ ${OPTION[topology]} =~ ^[0-9]+(x[0-9]+){1,2}$ ]] ||
+whole 1 chips slices
+whole 0 restarts
+[[ ${OPTION[topology]} =~ ^[1-9][0-9]{0,3}(x[1-9][0-9]{0,3}){1,2}$ ]] ||
   fail "--topology=${OPTION[topology]} is not like 4x4 or 2x2x4"
 [[ $(of_program workdir) == /mnt/shared/* ]] ||
   fail "--workdir=$(of_program workdir) is not below /mnt/shared, where the claim is"

@@ -21,7 +21,7 @@ set -euo pipefail
 parse "platform= no-flags" "$@"
 need platform
 check_program
-shared=$(dirname "$(of_program workdir)")
+shared=$(dirname "$(workdir_of_program)")
 export JAX_COMPILATION_CACHE_DIR=${JAX_COMPILATION_CACHE_DIR:-$shared/compile_cache}
 # Not HF_HOME, where a login's token lies.
 [[ -n ${HF_HOME:-} ]] || export HF_HUB_CACHE=${HF_HUB_CACHE:-$shared/huggingface}

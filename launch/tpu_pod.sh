@@ -27,6 +27,8 @@ set -euo pipefail
 parse "name= project= zone= type= spot runtime= nfs= attempts= restarts= keep" "$@"
 need name project zone type
 check_program
+whole 1 attempts
+whole 0 restarts
 tool gcloud "the Google Cloud CLI"
 tool git "needed to pack the commit"
 

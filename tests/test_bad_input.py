@@ -42,6 +42,14 @@ def refused(monkeypatch, capsys, tmp_path):
 ARGUMENTS = {
     "nothing": ([], "--workdir is missing"),
     "no config": (["--workdir=w"], "--config is missing"),
+    "two configs": (
+        [SMOKE, "--config=configs/base.py", "--workdir=w"],
+        f"{SMOKE} --config=configs/base.py\n",
+    ),
+    "a config twice": (
+        ["--mode=report", SMOKE, "--workdir=w", "--config", SMOKE[9:]],
+        f"{SMOKE} {SMOKE}\n",
+    ),
     "no workdir": ([SMOKE], "--workdir is missing"),
     "empty workdir": ([SMOKE, "--workdir="], "--workdir is missing"),
     "workdir without value": ([SMOKE, "--workdir"], "Missing value"),
@@ -72,6 +80,8 @@ ARGUMENTS = {
     "no flag at all": ([SMOKE, "--workdir=w", "train"], "belongs to no flag"),
     "value apart": ([SMOKE, "--workdir=w", "--config.log.progress", "0"], "got:     0"),
     "flagfile": ([SMOKE, "--workdir=w", "--flagfile=none.txt"], "none.txt"),
+    "config of a long name": ([f"--config={300 * 'x'}", "--workdir=w"], "too long"),
+    "report of a long name": ([f"--workdir={300 * 'x'}", "--mode=report"], "too long"),
     "report of nothing": (["--workdir=none", "--mode=report"], "is not a workdir"),
 }
 
@@ -220,6 +230,10 @@ FILES = {
                      'did you mean "train.epochs"?'),
     "missing key": (START + "\n    del c.train.epochs\n    return c\n",
                     "lacks the key train.epochs"),
+    "placeholder that stays empty": (
+        "from ml_collections.config_dict import required_placeholder\n" + START
+        + "\n    c.seed = required_placeholder(int)\n    return c\n",
+        "--config.seed=VALUE"),
     "a configuration of something else": (
         "from ml_collections import ConfigDict\n"
         "def get_config():\n    return ConfigDict({'batch': 3})\n", "batch"),

@@ -106,6 +106,7 @@ def test_the_edge_of_a_range_belongs_to_it(path, edge):
         ("mesh.data", 0),
         ("mesh.data", -1.0),
         ("name", " "),
+        ("sample.output", " "),
     ],
 )
 def test_what_is_just_beyond_a_range_does_not(path, beyond):

@@ -50,6 +50,28 @@ def test_the_jobset_asks_for_all_chips_of_its_topology(machine):
         assert container["resources"]["limits"] == {"google.com/tpu": int(chips)}
 
 
+WRONG = ("--chips=0", "--chips=abc", "--chips=04", "--chips=-4", "--chips=1e3")
+WRONG += ("--slices=two", "--slices=0", "--restarts=-1", "--topology=08x8")
+WRONG += ("--topology=0x8", "--topology=4", "--chips=99999999999999999999")
+
+
+@pytest.mark.parametrize(
+    ("name", "option"),
+    [*(("gke_jobset", o) for o in WRONG), ("tpu_pod", "--attempts=abc")],
+)
+def test_a_number_that_is_none_is_one_message(name, option, machine):
+    options = [*OPTIONS[name], *PROGRAM, option, "--dry-run"]
+    result = machine.run(f"{name}.sh", *options)
+    assert result.returncode == 2 and result.stdout == ""
+    assert result.stderr.startswith(f"{name}.sh: error: {option} is not ")
+    assert len(result.stderr.splitlines()) == 1
+
+
+def test_no_restarts_are_a_number_of_them(machine):
+    spec = _jobset(machine, "--restarts=0")["spec"]
+    assert spec["failurePolicy"]["maxRestarts"] == 0
+
+
 def _pod(machine: Machine, *more: str) -> dict:
     job = _jobset(machine, *more)["spec"]["replicatedJobs"][0]["template"]["spec"]
     return job["template"]["spec"]

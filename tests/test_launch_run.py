@@ -111,6 +111,18 @@ def test_caches_lie_beside_the_workdir_unless_they_are_set(machine):
     assert [a for a in machine.calls[0] if "data.cache" in a] == [cached]
 
 
+@pytest.mark.parametrize("workdir", ["~/runs/w", "~/w", "~root/runs/w", "~-/w"])
+def test_caches_beside_a_workdir_in_a_home(workdir, machine):
+    arguments = (CONFIG, f"--workdir={workdir}")
+    found = _environment(machine, "cpu", *arguments, HOME="/home/my name")
+    shared = os.path.dirname(workdir.replace("~root", os.path.expanduser("~root")))
+    if not workdir.startswith("~-"):  # a folder of that name, as for the program
+        shared = shared.replace("~", "/home/my name")
+    assert found["JAX_COMPILATION_CACHE_DIR"] == f"{shared}/compile_cache"
+    assert found["HF_HUB_CACHE"] == f"{shared}/huggingface"
+    assert machine.calls[0][-1] == f"--config.data.cache={shared}/data_cache"
+
+
 def test_a_config_that_names_its_own_cache_keeps_it(machine):
     _environment(machine, "cpu", "--config=configs/latent_emoji.py", WORKDIR)
     assert [a for a in machine.calls[0] if "data.cache" in a] == []

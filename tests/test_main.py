@@ -134,6 +134,39 @@ def test_a_bad_configuration_never_reaches_its_mode(stand_in, capsys):
     assert "train.minibatches" in capsys.readouterr().err
 
 
+@pytest.fixture
+def written(tmp_path):
+    """written(body): a configuration file whose get_config ends with these lines."""
+
+    def write(body: str) -> str:
+        head = "from ml_collections import FrozenConfigDict, config_dict\n"
+        head += "from configs import base\ndef get_config():\n"
+        lines = ("c = base.get_config()", *body.splitlines())
+        (tmp_path / "mine.py").write_text(head + "".join(f"    {x}\n" for x in lines))
+        return f"--config={tmp_path / 'mine.py'}"
+
+    return write
+
+
+def test_a_placeholder_is_filled_on_the_command_line(written):
+    body = "c.seed = config_dict.required_placeholder(int)\nreturn c"
+    command = ["main", "--workdir=w", written(body)]
+    assert parse([*command, "--config.seed=7"]).config.seed == 7
+    with pytest.raises(UserError, match="seed has no value"):
+        parse(command)
+    with pytest.raises(UserError, match="seed has a value of the wrong type"):
+        parse([*command, "--config.seed=x"])
+
+
+def test_a_frozen_configuration_can_be_overridden(written):
+    command = ["main", "--workdir=w", written("return FrozenConfigDict(c)")]
+    config = parse([*command, "--config.train.epochs=7"]).config
+    assert config.train.epochs == 7 and config.is_locked
+    wanted = load_config(f"{ROOT}/configs/base.py")
+    wanted.train.epochs = 7
+    assert flatten(config) == flatten(wanted)
+
+
 def test_a_home_is_spelt_out_once_in_every_path(monkeypatch):
     monkeypatch.setenv("HOME", "/somewhere")
     overrides = [f"--config.{key}=~/x" for key in PATHS]
@@ -177,15 +210,24 @@ def test_an_error_of_the_user_is_one_message_and_status_2(stand_in, capsys):
     assert captured.out == ""
 
 
-@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EROFS])
-def test_a_disk_that_refuses_is_an_error_of_the_user(number, stand_in, capsys):
+REFUSALS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)
+REFUSALS += (errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG)
+
+
+@pytest.mark.parametrize("number", REFUSALS)
+def test_a_disk_or_a_path_that_refuses_is_an_error_of_the_user(
+    number, stand_in, capsys
+):
     stand_in("train", failing(OSError(number, os.strerror(number), "w/state")))
     assert run(["main", SMOKE, "--workdir=w"]) == 2
     message = capsys.readouterr().err
     assert "w/state" in message and os.strerror(number) in message
 
 
-@pytest.mark.parametrize("error", [OSError(errno.EBADF, "?"), ValueError("a bug")])
+@pytest.mark.parametrize(
+    "error",
+    [OSError(errno.EBADF, "?"), OSError(errno.EISDIR, "no path"), ValueError("a bug")],
+)
 def test_a_bug_keeps_its_traceback(error, stand_in):
     stand_in("train", failing(error))
     with pytest.raises(type(error)):
@@ -223,6 +265,9 @@ def test_compiled_programs_are_kept_where_the_environment_says(
 ):
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "here"))
     assert cache_folder(stand_in) == str(tmp_path / "here")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "~/mine")
+    assert cache_folder(stand_in) == str(tmp_path / "mine")
     monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert cache_folder(stand_in) == str(tmp_path / "ddrl_jax" / "jax")

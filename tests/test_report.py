@@ -153,6 +153,59 @@ def test_what_a_run_lacks_is_named(tmp_path):
     assert "data loss, diversity, ratio deviation" in text
 
 
+@pytest.mark.parametrize(
+    "content", ["[]", "null", '{"train": 5}', '{"train": {"epochs": "3"}}', "{", None]
+)
+def test_a_broken_configuration_is_a_missing_one(content, run):
+    (run / "config.json").unlink()
+    if content is None:
+        (run / "config.json").mkdir()
+    else:
+        (run / "config.json").write_text(content)
+    page = Page(write_report(run))
+    assert "\nconfig.json: " in page.text
+    assert "No readable config.json." in page.text and "2 of ? epochs" in page.text
+
+
+def test_a_folder_in_the_place_of_a_file_is_named(run):
+    for name in ("metrics.jsonl", "starts.jsonl", "samples/evaluation_000002.png"):
+        (run / name).unlink()
+        (run / name).mkdir()
+    (run / "metrics.discarded.jsonl").mkdir()
+    page = Page(write_report(run))
+    for name in ("metrics", "starts"):
+        assert re.search(rf"\n{name}.jsonl: .*Is a directory", page.text)
+    assert {alt for alt, _ in page.images} == {
+        "evaluation, epoch 0",
+        "evaluation, epoch 1",
+    }
+
+
+@pytest.mark.parametrize(
+    ("line", "broken"),
+    [
+        ({"nonfinite": None}, 0),
+        ({"nonfinite": [["a"], "b"]}, 0),
+        ({"nonfinite": 5}, 1),
+        ({"step": "two"}, 1),
+        ({"step": None, "time/update": 2.0}, 1),
+        ([["step", 3]], 1),
+    ],
+)
+def test_a_line_that_no_run_writes_still_gives_a_page(line, broken, run):
+    for name in ("metrics.jsonl", "starts.jsonl"):
+        with (run / name).open("a") as file:
+            file.write(json.dumps(line) + "\n")
+    text = Page(write_report(run)).text
+    assert text.count("jsonl: 1 unreadable lines") == 2 * broken
+
+
+def test_versions_that_are_none_still_give_a_page(run):
+    (run / "starts.jsonl").write_text('{"versions": null}\n{"versions": 5}\n')
+    text = Page(write_report(run)).text
+    assert "starts.jsonl: 1 unreadable lines" in text
+
+
 def test_metrics_of_epochs_run_again_are_mentioned(run):
     (run / "metrics.discarded.jsonl").write_text("{}\n{}\n")
     assert (

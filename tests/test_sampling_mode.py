@@ -134,6 +134,11 @@ def test_the_exported_weights_are_the_average_in_half(tmp_path, capsys, monkeypa
     monkeypatch.setattr("ddrl_jax.export.build", no_build)
     with pytest.raises(UserError, match="already there"):
         export_mode(config, str(tmp_path))
+    path.unlink()
+    path.parent.rmdir()
+    path.parent.write_text("")
+    with pytest.raises(UserError, match="can not lie there"):
+        export_mode(config, str(tmp_path))
 
 
 def test_a_lora_is_merged_on_export(tmp_path):

@@ -79,7 +79,19 @@ def write_samples(
 
 
 def refuse_existing(folder: Path) -> None:
-    """Raises UserError where a data set, or anything else, is in the place of one."""
+    """Raises UserError where a data set can not be put: there, or above, is something.
+
+    Args:
+      folder: the place; its parents need not be there yet.
+    """
+    above = next(path for path in folder.absolute().parents if path.exists())
+    if not above.is_dir():
+        raise UserError(
+            f"the data set {folder} can not lie there",
+            got=f"{above}, which is a file",
+            wanted="a folder",
+            way_out="move it away or set --config.sample.output",
+        )
     if folder.exists():
         raise UserError(
             f"the data set {folder} is already there",

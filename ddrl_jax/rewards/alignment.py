@@ -6,7 +6,6 @@ and the reward is how much of "The image contains {prompt}" its answer recalls
 """
 
 import importlib
-import logging
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -19,6 +18,7 @@ from ddrl_jax.rewards.endpoint import endpoint_of
 from ddrl_jax.rewards.questions import (
     SHOWN,
     Question,
+    folded,
     is_right,
     questions_of,
     read_questions,
@@ -61,7 +61,6 @@ class Alignment(NamedTuple):
             candidates = [answers[i] or "" for i in told]
             references = [REFERENCE.format(prompts[i]) for i in told]
             scores[told] = self.scorer(candidates, references)
-        _report(self.client, scores)
         return scores
 
     def check(self) -> None:
@@ -76,6 +75,10 @@ class Alignment(NamedTuple):
     def counters(self) -> dict[str, int]:
         """Returns requests, retries and failures so far, see `VlmClient.counters`."""
         return self.client.counters()
+
+    def why_missing(self) -> UserError | None:
+        """Says why pictures have no score; the pool only sees that they have none."""
+        return self.client.why_missing()
 
 
 class RightAnswers(NamedTuple):
@@ -100,7 +103,6 @@ class RightAnswers(NamedTuple):
         answers = self.client.ask_all(images, texts)
         pairs = zip(asked, answers, strict=True)
         scores = np.array([self._share(*pair) for pair in pairs], np.float32)
-        _report(self.client, scores)
         return scores
 
     def check(self) -> None:
@@ -114,6 +116,10 @@ class RightAnswers(NamedTuple):
     def counters(self) -> dict[str, int]:
         """Returns requests, retries and failures so far, see `VlmClient.counters`."""
         return self.client.counters()
+
+    def why_missing(self) -> UserError | None:
+        """Says why pictures have no score; the pool only sees that they have none."""
+        return self.client.why_missing()
 
     def _share(
         self, questions: Sequence[Question], answers: Sequence[str | None]
@@ -265,22 +271,9 @@ def _words_that_count(text: str) -> set[str]:
 
 
 def _words(text: str) -> set[str]:
-    kept = "".join(c if c.isalnum() else " " for c in text.casefold())
+    kept = "".join(c if c.isalnum() else " " for c in folded(text))
     return set(kept.split())
 
 
 def _share(found: set[str], wanted: set[str]) -> float:
     return len(found & wanted) / len(wanted) if wanted else np.nan
-
-
-def _report(client: VlmClient, scores: np.ndarray) -> None:
-    """Says why samples have no score; the pool only sees that they have none."""
-    missing = int(np.isnan(scores).sum())
-    if missing:
-        logging.getLogger(__name__).warning(
-            "%d of %d pictures have no score from %s; the last failure was %s",
-            missing,
-            len(scores),
-            client.endpoint.model,
-            client.last_failure() or "in the scorer",
-        )

@@ -60,7 +60,8 @@ def answer_of(body: bytes) -> str:
     """Returns the text of a chat completion.
 
     Raises:
-      Failure: it is not JSON, has no choices, or the text is empty.
+      Failure: it is not JSON, has no choices with a content that can be a text, or
+        the text is empty.
     """
     try:
         found = json.loads(body)
@@ -73,7 +74,9 @@ def answer_of(body: bytes) -> str:
     if isinstance(text, list):  # content in parts
         parts = [p.get("text") for p in text if isinstance(p, Mapping)]
         text = " ".join(p for p in parts if isinstance(p, str))
-    if not isinstance(text, str) or not text.strip():
+    if text is not None and not isinstance(text, str):
+        raise Failure("no_choices", repr(body[:SHOWN]))
+    if text is None or not text.strip():
         # a server that answers many at once may say something the next time
         raise Failure("empty", f"content {text!r}", again=True)
     return text.strip()

@@ -16,21 +16,17 @@ import numpy as np
 
 from ddrl_jax.errors import UserError
 from ddrl_jax.interfaces import Reward, Scores
+from ddrl_jax.rewards.problems import (
+    SHOWN,
+    Problem,
+    checked,
+    from_exception,
+    late_problem,
+)
 
 POLL = 0.05  # seconds between two looks for overdue calls while waiting
 QUEUE_PER_THREAD = 4  # calls that may wait a thread; beyond, submit waits
 JOIN = 0.5  # seconds that closing waits for a thread; one that hangs is left behind
-SHOWN = 8  # sample indices in a message
-
-
-class Problem(NamedTuple):
-    """Why samples of a call have no score: which rows, and the words of a UserError."""
-
-    rows: np.ndarray  # [n] bool
-    got: str
-    wanted: str
-    way_out: str
-    cause: BaseException | None = None
 
 
 class _Pictures:
@@ -80,11 +76,11 @@ class _Call:
         self.begun = time.monotonic()
         try:
             found = np.asarray(reward(images, prompts))
-            values, problem = _checked(found, self.count)
+            values, problem = checked(found, self.count, reward)
         except BaseException as e:
             if getattr(e, "fatal", False):  # no later batch can fare better
                 return self.finish(lost=e)
-            return self.finish(problem=_from_exception(e, self.count))
+            return self.finish(problem=from_exception(e, self.count))
         return self.finish(values=values, problem=problem)
 
     def finish(self, **outcome: Any) -> bool:
@@ -111,7 +107,8 @@ class RewardPool:
 
     Args:
       rewards: name -> Reward; may be empty. One with a true attribute `splittable`
-        is given a batch in parts, one for each thread.
+        is given a batch in parts, one for each thread; one with a `why_missing` tells
+        by it why numbers are missing (see `problems.checked`).
       threads: how many calls run at once.
       timeout: seconds a call may take once its pictures are on the host.
       on_failure: "error" stops with a UserError; "mask" marks the samples invalid,
@@ -261,7 +258,7 @@ class RewardPool:
             late = call.begun is not None and (
                 time.monotonic() - call.begun > self._timeout
             )
-            if late and call.finish(problem=_late(self._timeout, call.count)):
+            if late and call.finish(problem=late_problem(self._timeout, call.count)):
                 with self._lock:
                     self._workers.discard(self._running.pop(call, None))
                 self._start_worker()
@@ -300,50 +297,3 @@ def _cut(count: int, parts: int) -> list[slice]:
     parts = max(1, min(parts, count))
     ends = [count * i // parts for i in range(parts + 1)]
     return [slice(a, b) for a, b in zip(ends[:-1], ends[1:], strict=True)]
-
-
-def _checked(found: np.ndarray, count: int) -> tuple[np.ndarray | None, Problem | None]:
-    """Returns float32 [count], and what is wrong with it."""
-    wanted = f"one finite number a picture, shape [{count}]"
-    mend = "mend the reward, or set --config.rewards.on_failure=mask to leave such"
-    mend += " samples out"
-    everything = np.ones(count, bool)
-    if found.shape != (count,):
-        got = f"an array of shape {list(found.shape)}"
-        return None, Problem(everything, got, wanted, mend)
-    if not (np.issubdtype(found.dtype, np.number) or found.dtype == bool):
-        return None, Problem(everything, f"dtype {found.dtype}", wanted, mend)
-    if np.iscomplexobj(found):
-        return None, Problem(everything, f"dtype {found.dtype}", wanted, mend)
-    with np.errstate(over="ignore"):
-        values = found.astype(np.float32)
-    bad = ~np.isfinite(values)
-    if not bad.any():
-        return values, None
-    got = ", ".join(str(v) for v in found[bad][:SHOWN])
-    values[bad] = np.nan
-    return values, Problem(bad, got, wanted, mend)
-
-
-def _from_exception(e: BaseException, count: int) -> Problem:
-    rows = np.ones(count, bool)
-    if isinstance(e, UserError):
-        return Problem(rows, f"{e.what}: {e.got}", e.wanted, e.way_out, e)
-    return Problem(
-        rows,
-        f"{type(e).__name__}: {e}",
-        "one finite number a picture",
-        "mend the reward, or set --config.rewards.on_failure=mask to leave such"
-        " samples out",
-        e,
-    )
-
-
-def _late(timeout: float, count: int) -> Problem:
-    return Problem(
-        np.ones(count, bool),
-        f"no answer after {timeout:g} s",
-        "scores in time",
-        "raise --config.rewards.timeout, or set --config.rewards.on_failure=mask to"
-        " leave such samples out",
-    )

@@ -8,6 +8,7 @@ the word there may be a list of words, of which one is enough.
 
 import json
 import re
+import unicodedata
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -80,7 +81,7 @@ def questions_of(
 
 
 def is_right(answer: str, words: Sequence[str], match: str = "substring") -> bool:
-    """Says whether an answer contains one of the words, whatever their case.
+    """Says whether an answer contains one of the words, see `folded`.
 
     Args:
       answer: of the model.
@@ -88,12 +89,21 @@ def is_right(answer: str, words: Sequence[str], match: str = "substring") -> boo
       match: "substring" as in DDPO ("cats" contains "cat", and so does
         "caterpillar"), or "word" (whole words only).
     """
-    text = answer.casefold()
+    text = folded(answer)
     if match == "word":
         return any(
-            re.search(rf"(?<!\w){re.escape(w.casefold())}(?!\w)", text) for w in words
+            re.search(rf"(?<!\w){re.escape(folded(w))}(?!\w)", text) for w in words
         )
-    return any(w.casefold() in text for w in words)
+    return any(folded(w) in text for w in words)
+
+
+def folded(text: str) -> str:
+    """Returns a text as texts are compared, whatever its case and its composition.
+
+    "é" is one character or two, "ﬁ" one or two letters: a prompt and an answer need
+    not agree on it.
+    """
+    return unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold())
 
 
 def _parse(line: str) -> tuple[str, tuple[Question, ...]] | None:

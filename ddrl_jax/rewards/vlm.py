@@ -87,6 +87,20 @@ class VlmClient:
         """Describes the last answer that never came, "" if all did."""
         return self._last
 
+    def why_missing(self) -> UserError | None:
+        """Returns the last failure as a message of its own, None if there was none."""
+        if not self._last:
+            return None
+        keys = "--config.rewards"
+        return UserError(
+            f"the endpoint {self.endpoint.base_url} gave no answer",
+            got=self._last,
+            wanted=f"an answer of {self.endpoint.model!r} to every question",
+            way_out="see to the endpoint and start again; a slow one needs a larger"
+            f" {keys}.vlm.timeout and {keys}.timeout, one that often fails a larger"
+            f" {keys}.vlm.retries; {keys}.on_failure=mask leaves such samples out",
+        )
+
     def ask_all(
         self,
         images: Shaped[np.ndarray, "*shape"],
@@ -301,10 +315,16 @@ class VlmClient:
 
 
 def _parts(response: Any) -> Iterator[bytes]:
-    """A body as it arrives; of too large a one no more than is too large."""
+    """A body as it arrives; of too large a one no more than is too large.
+
+    Raises ConnectionError where less came than Content-Length had announced: read1
+    takes that for an end (a cut chunked body is an IncompleteRead of its own).
+    """
     size = 0
     while part := response.read1(65536):
         size += len(part)
         if size > LARGEST_BODY:
             raise Failure("not_json", f"more than {LARGEST_BODY} bytes")
         yield part
+    if response.length:
+        raise ConnectionError(f"cut after {size} bytes, {response.length} too early")

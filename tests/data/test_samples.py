@@ -51,6 +51,14 @@ def test_is_never_overwritten(folder):
     assert {p.name: p.read_bytes() for p in folder.iterdir()} == before
 
 
+@pytest.mark.parametrize("name", ["file/set", "file/deeper/set"])
+def test_does_not_begin_below_a_file(name, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="can not lie there") as error:
+        write_samples(tmp_path / name, (pytest.fail("drained") for _ in "1"))
+    assert f"{tmp_path / 'file'}, which is a file" in error.value.got
+
+
 def test_leaves_nothing_beside_it(folder):
     assert [p.name for p in folder.parent.iterdir()] == ["set"]
 

@@ -1,6 +1,5 @@
 """Alignment rewards: what is asked, what is scored, and what has no score."""
 
-import logging
 import math
 import sys
 import types
@@ -67,15 +66,14 @@ def test_the_reward_is_the_recall_of_ddpos_sentence():
     }
 
 
-def test_a_picture_without_an_answer_has_no_score(caplog):
+def test_a_picture_without_an_answer_has_no_score():
     def reply(body, nth):
         return (500, "oops") if nth == 1 else said("a cat and an ant")
 
-    with serving(reply) as (url, _), caplog.at_level(logging.WARNING):
+    with serving(reply) as (url, _):
         reward = alignment.vlm_alignment(rewards_section(url))
         scores = reward(PICTURES, PROMPTS)
     np.testing.assert_array_equal(scores, [1.0, np.nan, 1.0])
-    assert "1 of 3 pictures" in caplog.text and "status_500" in caplog.text
     assert reward.counters()["failures/status_500"] == 1
 
 
@@ -88,23 +86,34 @@ def test_the_scorer_is_not_asked_about_nothing():
         assert np.isnan(reward(PICTURES, PROMPTS)).all()
 
 
-def judged(reply, on_failure, **changes):
+def judged(reply, on_failure, scorer=None):
     """The scores of the three pictures through a pool."""
     with serving(reply) as (url, _):
-        reward = alignment.vlm_alignment(rewards_section(url, **changes))
+        reward = alignment.vlm_alignment(rewards_section(url), scorer)
         with RewardPool({"vlm": reward}, 1, 30.0, on_failure) as pool:
             return pool.collect([pool.submit(PICTURES, PROMPTS)]), pool.failures
 
 
-def test_the_pool_leaves_unanswered_pictures_out_or_stops():
+def test_the_pool_leaves_unanswered_pictures_out_or_stops(caplog):
     def reply(body, nth):
         return (200, "<html>") if nth == 1 else said("a cat and an ant")
 
     scores, failures = judged(reply, "mask")
     np.testing.assert_array_equal(scores.valid, [True, False, True])
     assert failures == {"vlm": 1}
-    with pytest.raises(UserError, match=r"failed on samples \[1\]"):
+    (told,) = caplog.messages
+    assert "1 of 3 pictures" in told and "not_json" in told
+    with pytest.raises(UserError, match=r"failed on samples \[1\]") as error:
         judged(reply, "error")
+    assert len(caplog.messages) == 1  # the error says all of it
+    assert "not_json: b'<html>'" in error.value.got and "nan" not in error.value.got
+    assert "endpoint" in error.value.way_out and "vlm.retries" in error.value.way_out
+
+
+def test_a_scorer_without_a_number_is_not_put_on_the_endpoint():
+    with pytest.raises(UserError, match="one finite number") as error:
+        judged(lambda b, n: said("a cat"), "error", scorer=lambda *_: [np.nan] * 3)
+    assert error.value.got == "nan, nan, nan"
 
 
 def test_a_refused_key_is_the_pools_message():
@@ -202,6 +211,8 @@ def test_word_recall():
         ): 0.5,  # of a dog riding bike
         ("The image contains", "The image contains a cat"): 0.0,
         ("", "The image contains a cat"): 0.0,
+        ("a caf\u00e9", "The image contains a cafe\u0301"): 1.0,
+        ("A CAFE\u0301", "The image contains a caf\u00e9"): 1.0,
         ("a lion", "The image contains \U0001f981"): np.nan,
         ("the image", "The image contains the image"): np.nan,
     }

@@ -103,6 +103,9 @@ def test_prompts_without_questions_are_listed():
         ("a sea-lion", ("lion",), True, True),
         ("a c.t", ("c.t",), True, True),
         ("a cat", ("c.t",), False, False),
+        ("a caf\u00e9", ("cafe\u0301",), True, True),  # composed or not, it is one word
+        ("A CAFE\u0301", ("caf\u00e9",), True, True),
+        ("a \ufb01sh", ("fish",), True, True),
     ],
 )
 def test_right_answers(answer, words, substring, word):

@@ -1,5 +1,6 @@
 """The client of a vision-language model: every way an endpoint can fail it."""
 
+import contextlib
 import socket
 import threading
 import time
@@ -154,6 +155,42 @@ def test_a_refused_connection_is_tried_again_and_counted():
     assert "refused" in asker.last_failure()
 
 
+def cut(head, body):
+    """A server that ends its connection after this much of an answer."""
+
+    def answer(listener):
+        with contextlib.suppress(OSError):
+            while True:
+                connection, _ = listener.accept()
+                with connection:
+                    connection.recv(1 << 20)
+                    connection.sendall(OK + head + b"\r\n\r\n" + body)
+                    connection.shutdown(socket.SHUT_WR)
+                    while connection.recv(1 << 20):  # the rest of the question
+                        pass
+
+    listener = socket.create_server(("127.0.0.1", 0))
+    threading.Thread(target=answer, args=(listener,), daemon=True).start()
+    return listener
+
+
+@pytest.mark.parametrize(
+    ("head", "body"),
+    [
+        (b"Content-Length: 100", b'{"choices": ['),
+        (b"Content-Length: 100", b""),
+        (b"Transfer-Encoding: chunked", b'40\r\n{"choices": ['),
+    ],
+)
+def test_an_answer_cut_short_is_a_lost_connection(head, body):
+    with cut(head, body) as listener:
+        asker = client(f"http://127.0.0.1:{listener.getsockname()[1]}/v1")
+        assert asker.ask_all(PICTURES[:1], [["?"]]) == [[None]]
+        listener.shutdown(socket.SHUT_RDWR)  # wakes accept
+    assert asker.counters()["failures/connection"] == 1
+    assert asker.counters()["retries"] == 2
+
+
 @pytest.mark.parametrize(
     ("kind", "reply"),
     [
@@ -165,6 +202,8 @@ def test_a_refused_connection_is_tried_again_and_counted():
         ("no_choices", "[1, 2]"),
         ("no_choices", "null"),
         ("no_choices", {"choices": [{"message": None}]}),
+        ("no_choices", said(5)[1]),
+        ("no_choices", said({"text": "a cat"})[1]),
     ],
 )
 def test_nonsense_is_no_answer(kind, reply):
@@ -173,7 +212,7 @@ def test_nonsense_is_no_answer(kind, reply):
     assert counters["requests"] == 1  # asked again, temperature 0 says the same
 
 
-@pytest.mark.parametrize("content", ["  \n", None, [{"type": "image_url"}], 3])
+@pytest.mark.parametrize("content", ["  \n", None, [{"type": "image_url"}]])
 def test_an_empty_answer_is_asked_for_again_and_then_none(content):
     counters, _ = failing(lambda b, n: said(content))
     assert counters["failures/empty"] == 1
@@ -329,7 +368,9 @@ def test_a_wrong_key_is_found_before_training():
     assert "refuses no key" in error.what and "api_key_env" in error.way_out
 
 
-@pytest.mark.parametrize("reply", [(200, HTML), (200, {"choices": []}), (500, "x")])
+@pytest.mark.parametrize(
+    "reply", [(200, HTML), (200, {"choices": []}), (500, "x"), said(5)]
+)
 def test_a_server_of_another_kind_is_found(reply):
     assert "no usable answer" in checked(lambda b, n: reply).what
 
