@@ -68,7 +68,7 @@ def load_config(spec: str) -> ConfigDict:
             way_out=near(name, known) + f"for example {USAGE}",
         )
     with _config_errors(name), _importable(path.resolve().parent.parent):
-        config = _run_get_config(path, name, variant)
+        config: Any = _run_get_config(path, name, variant)
         if isinstance(config, FrozenConfigDict):
             config = ConfigDict(config)  # overrides have to change it
         if isinstance(config, ConfigDict):
