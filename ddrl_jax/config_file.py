@@ -70,7 +70,7 @@ def load_config(spec: str) -> ConfigDict:
     with _config_errors(name), _importable(path.resolve().parent.parent):
         config = _run_get_config(path, name, variant)
         if isinstance(config, FrozenConfigDict):
-            config = ConfigDict(config)  # overrides have to change it
+            config = config.as_configdict()  # overrides have to change it
         if isinstance(config, ConfigDict):
             _open_placeholders(config)
     if not isinstance(config, ConfigDict):
