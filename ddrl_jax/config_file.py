@@ -70,8 +70,7 @@ def load_config(spec: str) -> ConfigDict:
     with _config_errors(name), _importable(path.resolve().parent.parent):
         config: Any = _run_get_config(path, name, variant)
         if isinstance(config, FrozenConfigDict):
-            thawed: Any = config  # overrides have to change it
-            config = ConfigDict(thawed)
+            config = config.as_configdict()  # overrides have to change it
         if isinstance(config, ConfigDict):
             _open_placeholders(config)
     if not isinstance(config, ConfigDict):

@@ -327,4 +327,4 @@ def _parts(response: Any) -> Iterator[bytes]:
             raise Failure("not_json", f"more than {LARGEST_BODY} bytes")
         yield part
     if response.length:
-        raise ConnectionError(f"cut after {size} bytes, {response.length} too early")
+        raise ConnectionError(f"cut after {size} of {size + response.length} bytes")

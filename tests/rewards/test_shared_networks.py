@@ -12,6 +12,7 @@ from ddrl_jax.errors import UserError
 from ddrl_jax.rewards.clip_folder import CLIP_H
 from ddrl_jax.rewards.registry import TINY as TINY_FOLDER
 from ddrl_jax.rewards.registry import make_rewards
+from ddrl_jax.workdir import open_workdir
 
 TINY = {"rewards.clip": "assets", "rewards.aesthetic_head": "assets"}
 NAMES = ("aesthetic", "clip_score")
@@ -110,8 +111,10 @@ def test_what_a_reward_lacks_is_told_before_the_model_is_read(
     monkeypatch.setattr("ddrl_jax.train.build", build)
     monkeypatch.setattr("ddrl_jax.program.build", build)
     edits, told = MISSING[case]
+    config = configured(edits)
+    open_workdir(tmp_path, config).close()  # an evaluation is of a run
     with pytest.raises(UserError, match=told):
-        mode(configured(edits), str(tmp_path))
+        mode(config, str(tmp_path))
 
 
 @pytest.mark.parametrize("reward", ["pickscore", "hpsv2"])

@@ -158,19 +158,21 @@ def test_a_refused_connection_is_tried_again_and_counted():
 def cut(head, body):
     """A server that ends its connection after this much of an answer."""
 
-    def answer(listener):
+    def answer(connection):
+        with connection:
+            connection.recv(1 << 20)
+            connection.sendall(OK + head + b"\r\n\r\n" + body)
+            connection.shutdown(socket.SHUT_WR)
+            while connection.recv(1 << 20):  # the rest of the question
+                pass
+
+    def accept(listener):
         with contextlib.suppress(OSError):
             while True:
-                connection, _ = listener.accept()
-                with connection:
-                    connection.recv(1 << 20)
-                    connection.sendall(OK + head + b"\r\n\r\n" + body)
-                    connection.shutdown(socket.SHUT_WR)
-                    while connection.recv(1 << 20):  # the rest of the question
-                        pass
+                answer(listener.accept()[0])
 
     listener = socket.create_server(("127.0.0.1", 0))
-    threading.Thread(target=answer, args=(listener,), daemon=True).start()
+    threading.Thread(target=accept, args=(listener,), daemon=True).start()
     return listener
 
 
@@ -219,12 +221,6 @@ def test_an_empty_answer_is_asked_for_again_and_then_none(content):
     assert counters["requests"] == 3 and counters["retries"] == 2
     with serving(lambda b, n: said("cat" if n else content)) as (url, _):
         assert client(url).ask_all(PICTURES[:1], [["?"]]) == [["cat"]]
-
-
-def test_the_start_up_check_takes_silence_for_an_answer():
-    with serving(lambda b, n: said("")) as (url, seen):
-        client(url).check_endpoint()
-    assert len(seen.bodies) == 1
 
 
 def test_content_in_parts_is_an_answer():
@@ -332,57 +328,3 @@ def test_a_refused_key_ends_the_batch_at_once(monkeypatch, status):
 def test_pictures_of_another_kind_are_refused():
     with pytest.raises(UserError, match="can not be shown"):
         client("http://127.0.0.1:9").ask_all(PICTURES.astype(np.float32), [["?"]] * 3)
-
-
-# ---- before training ----
-
-
-def test_a_good_endpoint_passes_the_check():
-    with serving(colour) as (url, seen):
-        client(url).check_endpoint()
-    pixels, _ = picture_of(seen.bodies[0])
-    assert pixels.shape == (224, 224, 3) and pixels.min() == 255
-
-
-def test_a_model_that_says_nothing_of_a_blank_picture_passes():
-    with serving(lambda b, n: said("")) as (url, _):
-        client(url).check_endpoint()
-
-
-def checked(reply, **settings):
-    served = serving(reply, ("llava-13b", "qwen-vl"))
-    with served as (url, _), pytest.raises(UserError) as error:
-        client(url, **settings).check_endpoint()
-    return error.value
-
-
-def test_an_unknown_model_lists_the_known_ones():
-    error = checked(lambda b, n: (404, '{"error": "no model judge"}'))
-    assert "'judge'" in error.what and "no model judge" in error.got
-    assert "llava-13b, qwen-vl" in error.wanted
-    assert "--config.rewards.vlm.model" in error.way_out
-
-
-def test_a_wrong_key_is_found_before_training():
-    error = checked(lambda b, n: (401, "who are you"))
-    assert "refuses no key" in error.what and "api_key_env" in error.way_out
-
-
-@pytest.mark.parametrize(
-    "reply", [(200, HTML), (200, {"choices": []}), (500, "x"), said(5)]
-)
-def test_a_server_of_another_kind_is_found(reply):
-    assert "no usable answer" in checked(lambda b, n: reply).what
-
-
-def test_an_endpoint_out_of_reach_is_found():
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        port = listener.getsockname()[1]
-    with pytest.raises(UserError, match="can not be reached") as error:
-        client(f"http://127.0.0.1:{port}/v1").check_endpoint()
-    assert "refused" in error.value.got and "base_url" in error.value.way_out
-
-
-def test_a_slow_endpoint_is_found():
-    error = checked(after(1.0), timeout=0.1, retries=0)
-    assert "can not be reached" in error.what and ".timeout" in error.way_out
