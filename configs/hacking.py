@@ -12,8 +12,9 @@ asks for no reward. Kernel, trained steps, prompts, noise, optimizer and evaluat
 the same for all, and with the same seed the control sees the emoji of the ddrl arms in
 the same order.
 
-Numbers and hours are in benchmarks/results/reward_hacking.md. The data weights were
-chosen after trials with seed 0.
+Numbers and hours are in benchmarks/results/reward_hacking.md, with a cosine schedule in
+hacking_cosine/ and hacking_fresh/ there. The data weights were chosen after trials with
+seed 0, 0.012 after seeds 0 to 2; hacking_fresh is 0.012 on seeds 3 to 5.
 "ARM-smoke" is an arm in seconds. Without a variant the arm is ddrl_low.
 """
 
