@@ -192,13 +192,15 @@ def get_config(variant: str = "") -> ConfigDict:
     c.train.nan_limit = 3  # updates in a row with non-finite gradients before stopping
 
     c.optimizer = ConfigDict()
+    c.optimizer.name = "adamw"  # "adamw" | "muon" (matrices of the blocks of emoji and
+    # video_dit, the rest by adamw; full fine-tuning in float32)
     c.optimizer.lr = 1e-4
     c.optimizer.master = "float32"  # dtype of what is trained: "float32" | "bfloat16"
     c.optimizer.state_dtype = "float32"  # of both moments: "float32" | "bfloat16";
     # bfloat16 is rounded up or down at random, so that small steps count on average
     c.optimizer.warmup = 0  # optimizer steps
     c.optimizer.schedule = "constant"  # "constant" | "cosine" (to 0 at the last step)
-    c.optimizer.b1 = 0.9
+    c.optimizer.b1 = 0.9  # muon: its momentum too
     c.optimizer.b2 = 0.999
     c.optimizer.eps = 1e-8
     c.optimizer.weight_decay = 0.0

@@ -25,7 +25,7 @@ from configs.smoke import check_variant, shrink
 
 def get_config(variant: str = "") -> ConfigDict:
     """Returns the first stage, the second (":second") or the small one (":smoke")."""
-    check_variant(variant, ("second", "smoke"))
+    check_variant(variant, ("second", "third", "smoke"))
     c = base.get_config()
     c.name = "emoji_pretrain"
     c.model.init = "random"
@@ -44,5 +44,12 @@ def get_config(variant: str = "") -> ConfigDict:
         c.model.init = "runs/pretrain/export/000085.npz"
         c.train.epochs = 28
         c.optimizer.update(lr=8e-4, warmup=50)
+        return c
+    if variant == "third":
+        c.name = "emoji_pretrain:third"
+        c.seed = 2
+        c.model.init = "runs/second/export/000028.npz"
+        c.train.epochs = 88
+        c.optimizer.update(name="muon", lr=3e-3, b1=0.95, warmup=100)
         return c
     return shrink(c, variant)

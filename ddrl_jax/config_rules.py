@@ -167,6 +167,7 @@ RULES: dict[str, Rule] = {
     "train.microbatch": integer(1),
     "train.inner_epochs": integer(1),
     "train.nan_limit": integer(1),
+    "optimizer.name": choice("adamw", "muon"),
     "optimizer.lr": number(above=0),
     "optimizer.master": choice("float32", "bfloat16"),
     "optimizer.state_dtype": choice("float32", "bfloat16"),

@@ -6,11 +6,13 @@ import jax
 import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Int, Key
+from optax import contrib
 
 from ddrl_jax.interfaces import Params
 
 WEIGHT_STREAM = 5_000_011  # keys of the rounding, apart from all other streams
 STATE_STREAM = 5_000_077
+ADAM_RMS = 0.2  # of the entries of an update of Adam, over its learning rate
 
 
 def learning_rate(optimizer, total_steps: int) -> optax.Schedule:
@@ -32,25 +34,55 @@ def learning_rate(optimizer, total_steps: int) -> optax.Schedule:
 
 
 def make_optimizer(optimizer, total_steps: int) -> optax.GradientTransformation:
-    """AdamW behind a clip of the global gradient norm.
+    """AdamW, or Muon with AdamW, behind a clip of the global gradient norm.
 
     Args:
       optimizer: config.optimizer; `grad_clip` 0 turns the clip off, `state_dtype` is
         that of the moments.
       total_steps: optimizer steps of the whole run, for the cosine.
     """
-    tx = optax.adamw(
-        learning_rate(optimizer, total_steps),
-        b1=optimizer.b1,
-        b2=optimizer.b2,
-        eps=optimizer.eps,
-        weight_decay=optimizer.weight_decay,
-    )
+    make = {"adamw": _adamw, "muon": _muon}[optimizer.name]
+    tx = make(optimizer, learning_rate(optimizer, total_steps))
     clip = optimizer.grad_clip
     tx = optax.chain(optax.clip_by_global_norm(clip), tx) if clip else tx
     if optimizer.master == optimizer.state_dtype == "float32":
         return tx
     return stored_in(optimizer.state_dtype, tx)
+
+
+def _adamw(optimizer, lr: optax.Schedule) -> optax.GradientTransformation:
+    return optax.adamw(
+        lr,
+        b1=optimizer.b1,
+        b2=optimizer.b2,
+        eps=optimizer.eps,
+        weight_decay=optimizer.weight_decay,
+    )
+
+
+def _muon(optimizer, lr: optax.Schedule) -> optax.GradientTransformation:
+    """Muon (Jordan 2024) on matrices of stacked blocks, AdamW on all else.
+
+    W <- W - lr 0.2 sqrt(max(i, o)) U V^T of the momentum's U S V^T, nearly, so that the
+    same rate suits both (Liu 2025, arXiv 2502.16982, Eq. 4).
+    """
+    return contrib.muon(
+        lr,
+        beta=optimizer.b1,
+        eps=optimizer.eps,
+        weight_decay=optimizer.weight_decay,
+        adam_b1=optimizer.b1,
+        adam_b2=optimizer.b2,
+        adam_weight_decay=optimizer.weight_decay,
+        muon_weight_dimension_numbers=_stacked_matrices,
+        consistent_rms=ADAM_RMS,
+    )
+
+
+def _stacked_matrices(params: Params) -> Any:
+    """Which leaves are matrices of stacked blocks [layers i o], each by itself."""
+    matrix = contrib.MuonDimensionNumbers(reduction_axis=(1,), output_axis=(2,))
+    return jax.tree.map(lambda leaf: matrix if leaf.ndim == 3 else None, params)
 
 
 class StoredState(NamedTuple):

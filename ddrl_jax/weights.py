@@ -193,12 +193,17 @@ def _state_shardings(
 ) -> TrainState:
     """Shardings of a TrainState: moments follow their parameter, scalars replicate."""
     everywhere = replicated(mesh)
+
+    def absent(leaf: Any) -> bool:  # in a part of the optimizer that skips this weight
+        return isinstance(leaf, optax.MaskedNode)
+
     opt = optax.tree.map_params(
         tx,
-        lambda _, sharding: sharding,
+        lambda leaf, sharding: leaf if absent(leaf) else sharding,
         state.opt_state,
         shardings,
         transform_non_params=lambda _: everywhere,
+        is_leaf=absent,
     )
     return state._replace(
         step=everywhere,
