@@ -12,6 +12,7 @@ from typing import Any
 
 from ddrl_jax.check_network import check_context, check_network
 from ddrl_jax.check_objective import check_objective
+from ddrl_jax.check_optimizer import check_optimizer, total_updates
 from ddrl_jax.config_rules import check_keys, near, require
 from ddrl_jax.data.prompts import prompt_list
 from ddrl_jax.diffusion.kernels import KERNELS
@@ -45,7 +46,7 @@ def check_config(config: Any, device_count: int) -> None:
     check_objective(config)
     _check_batches(config)
     _check_mesh(config, device_count)
-    _check_optimizer(config)
+    check_optimizer(config)
     _check_outputs(config)
 
 
@@ -64,7 +65,7 @@ def check_shapes(config: Any, device_count: int) -> None:
     check_network(config)
     _check_batches(config)
     _check_mesh(config, device_count)
-    _check_optimizer(config)
+    check_optimizer(config)
 
 
 def _check_names(config: Any) -> None:
@@ -246,30 +247,6 @@ def _check_chunks(config: Any, shares: int) -> None:
     )
 
 
-def _check_optimizer(config: Any) -> None:
-    optimizer = config.optimizer
-    updates = _updates(config)
-    require(
-        not optimizer.fresh or optimizer.schedule == "constant",
-        "a schedule that begins anew each epoch never gets to its end",
-        got=f'optimizer.schedule "{optimizer.schedule}" with optimizer.fresh True',
-        wanted='"constant", or fresh False',
-        way_out='set optimizer.schedule to "constant"',
-    )
-    require(
-        optimizer.schedule != "cosine" or optimizer.warmup < updates,
-        "the warm-up is not over before the cosine ends",
-        got=f"optimizer.warmup {optimizer.warmup} of {updates} updates",
-        wanted=f"fewer than {updates} (epochs x inner_epochs x minibatches)",
-        way_out="lower optimizer.warmup or raise train.epochs",
-    )
-
-
-def _updates(config: Any) -> int:
-    train = config.train
-    return train.epochs * train.inner_epochs * train.minibatches
-
-
 def notes(config: Any) -> list[str]:
     """What is allowed and may not be what was meant, a sentence each.
 
@@ -277,7 +254,7 @@ def notes(config: Any) -> list[str]:
       config: checked.
     """
     found, data = [], config.data
-    warmup, updates = config.optimizer.warmup, _updates(config)
+    warmup, updates = config.optimizer.warmup, total_updates(config)
     if config.optimizer.fresh:  # then it starts anew each epoch
         updates //= config.train.epochs
     if warmup >= updates:

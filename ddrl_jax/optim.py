@@ -82,7 +82,12 @@ def _muon(optimizer, lr: optax.Schedule) -> optax.GradientTransformation:
 def _stacked_matrices(params: Params) -> Any:
     """Which leaves are matrices of stacked blocks [layers i o], each by itself."""
     matrix = contrib.MuonDimensionNumbers(reduction_axis=(1,), output_axis=(2,))
-    return jax.tree.map(lambda leaf: matrix if leaf.ndim == 3 else None, params)
+
+    def choose(path: Any, leaf: Any) -> Any:
+        name = jax.tree_util.keystr(path[-1:], simple=True)
+        return matrix if name == "kernel" and leaf.ndim == 3 else None
+
+    return jax.tree_util.tree_map_with_path(choose, params)
 
 
 class StoredState(NamedTuple):

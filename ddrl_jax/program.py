@@ -12,6 +12,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jax.tree_util import Partial
 
+from ddrl_jax.check_optimizer import total_updates
 from ddrl_jax.data.prompts import (
     prompt_list,
     records_by_prompt,
@@ -212,12 +213,6 @@ def chunk_size(config, mesh: Mesh) -> int:
     c, shares = config.prompts, batch_shares(mesh)
     minibatch = c.per_epoch * c.group_size // config.train.minibatches
     return shares * min(config.train.microbatch, minibatch // shares)
-
-
-def total_updates(config) -> int:
-    """Optimizer steps of the whole run."""
-    per_epoch = config.train.minibatches * config.train.inner_epochs
-    return config.train.epochs * per_epoch
 
 
 def make_apply(config, pipeline: Pipeline, mesh: Mesh) -> Callable:

@@ -42,7 +42,7 @@ PLUMBING += (
 )
 MEASURES = ("flops", "chips", "profile")
 CHECKS = ("config_rules", "config_values", "check_config", "check_objective")
-CHECKS += ("check_network", "config_file", "command_line")
+CHECKS += ("check_network", "check_optimizer", "config_file", "command_line")
 PARTS = ("diffusion", "objectives", "models", "rewards", "data", "rollout", "learner")
 PARTS += ("terms",)
 RUN = (
@@ -93,7 +93,10 @@ IMPORT_TABLE: dict[str, tuple[str, ...]] = {
         name: ("diffusion", "models", "rewards", "data", "terms", *CHECKS)
         for name in CHECKS
     },
-    **{name: (*PARTS, *PLUMBING, "distributed", *MEASURES, *RUN) for name in RUN},
+    **{
+        name: (*PARTS, *PLUMBING, "distributed", *MEASURES, *RUN, "check_optimizer")
+        for name in RUN
+    },
     **{name: (*BELOW_TRAIN, *MODES) for name in MODES},
     "train": (*BELOW_TRAIN, *MODES),
     "compare": ("compare", *BELOW_TRAIN, *MODES, "train", "main"),

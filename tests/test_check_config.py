@@ -57,6 +57,16 @@ COMBINATIONS = {
                          "sample.steps", {"sample.steps": 999}),
     "fresh cosine": ({"optimizer.schedule": "cosine", "optimizer.fresh": True},
                      "anew each epoch", {"optimizer.schedule": "constant"}),
+    "muon of a LoRA": ({"optimizer.name": "muon", "lora.rank": 2}, "lora.rank 2",
+                       {"lora.rank": 0}),
+    "muon in bfloat16": (
+        {"optimizer.name": "muon", "optimizer.state_dtype": "bfloat16"},
+        'optimizer.state_dtype "bfloat16"', {"optimizer.state_dtype": "float32"}),
+    "muon of a UNet": (
+        {"model.name": "stable_diffusion", "data.source": "none", "rewards.heldout": (),
+         "prompts.source": "list", "prompts.list": ("a dog",), "sampler.kernel": "ddim",
+         "evaluate.solver": "ddim", "optimizer.name": "muon"},
+        "stable_diffusion", {"optimizer.name": "adamw"}),
     "held-out records": ({"data.heldout": 3}, "data_term.captions",
                          {"data_term.captions": "own"}),
     "pictures": ({"evaluate.pictures": 65}, "evaluate.pictures",

@@ -18,6 +18,7 @@ from tiny_runs import (
     tiny_program,
 )
 
+from ddrl_jax.check_optimizer import total_updates
 from ddrl_jax.data.prompts import draw_prompts
 from ddrl_jax.diffusion.kernels import make_kernel
 from ddrl_jax.draws import draw_chunks, draw_trained_steps
@@ -25,7 +26,6 @@ from ddrl_jax.errors import UserError
 from ddrl_jax.program import (
     DATA_STREAM,
     build,
-    total_updates,
 )
 from ddrl_jax.rewards import retrieval
 from ddrl_jax.sources import make_source

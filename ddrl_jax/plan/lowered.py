@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from ddrl_jax.check_optimizer import total_updates
 from ddrl_jax.diffusion.kernels import make_kernel
 from ddrl_jax.draws import draw_trained_steps
 from ddrl_jax.flops import Count, count
@@ -31,7 +32,6 @@ from ddrl_jax.program import (
     jit_update,
     make_objective,
     make_sample,
-    total_updates,
 )
 from ddrl_jax.rollout import step_times, stored_states
 from ddrl_jax.sharding import AXES, BATCH, make_mesh, params_shardings
