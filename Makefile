@@ -5,7 +5,7 @@
 PYTHON ?= python3
 EXTRAS ?= test
 WORKERS ?= 2
-LONG_BENCHES := reward_hacking
+LONG_BENCHES := reward_hacking latent_emoji
 COMMANDS := $(basename $(notdir $(shell grep -l __main__ benchmarks/*.py)))
 BENCH ?= $(filter-out $(LONG_BENCHES),$(COMMANDS))
 VENV := .venv

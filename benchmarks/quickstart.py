@@ -99,7 +99,8 @@ def last_line(path: Path) -> dict[str, Any]:
 def main() -> None:
     """Runs, writes the page and the picture, prints the page."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--workdir", default="runs/quickstart")
+    now = time.strftime("%Y%m%d_%H%M%S")  # a run of its own each time
+    parser.add_argument("--workdir", default=f"runs/quickstart_{now}")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
     options, keys = parser.parse_known_args()
     home = ROOT / options.workdir

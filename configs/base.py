@@ -237,7 +237,8 @@ def get_config(variant: str = "") -> ConfigDict:
 
     c.export = ConfigDict()  # --mode=export of stable_diffusion
     c.export.merge_lora = False  # a LoRA run: the whole pipeline instead of a LoRA file
-    c.export.bake_alpha = False  # multiply alpha / rank into B, for other programs
+    c.export.bake_alpha = True  # alpha / rank is multiplied into B; False: it stands in
+    # the header of the file, which diffusers 0.33 and other programs do not read
     c.export.dtype = "float32"  # of a whole UNet: "float32" | "float16" | "bfloat16"
 
     c.mesh = ConfigDict({"data": -1, "fsdp": 1, "tensor": 1, "context": 1})

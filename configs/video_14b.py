@@ -6,7 +6,8 @@
 40 blocks of width 5,120 on 32,760 video tokens and 512 text tokens: the shape of the
 14 B open video models at 832 x 480 and 81 frames. No weights of ours exist, so only
 `--mode=plan` runs it at this size. `:pod` divides weights by 16 and videos by 4, for a
-multiple of 64 chips; `:smoke` is the same row on a random tiny network.
+multiple of 64 chips; `:lora` trains factors of rank 32; `:smoke` is the same row on a
+random tiny network.
 Rollout of 20 steps, 10 of them trained, 16 prompts of 16 videos an epoch.
 """
 

@@ -21,12 +21,16 @@ class _Curve(NamedTuple):
 
 
 _CURVES = (
-    _Curve("Reward (trained)", r"reward/.+"),
-    _Curve("Held-out judge (never trained on)", r"heldout/.+"),
+    _Curve("Reward (trained)", r"reward/(mean|std|[^/]+/mean)", "of the rollouts"),
+    _Curve("Trained reward (evaluated)", r"evaluation/.+/mean", "fixed prompts"),
+    _Curve("Held-out judge (never trained on)", r"heldout/.+/mean"),
     _Curve("Data loss", r"data/(loss|heldout_loss)", "of the diffusion model itself"),
     _Curve("Diversity", r"diversity/.+"),
     _Curve("Ratio deviation", r"policy/ratio_max_deviation", "0 when exact"),
-    _Curve("Policy", r"policy/(approx_kl|clip_fraction)"),
+    _Curve("Clipped share of the policy term", r"policy/clip_fraction"),
+    _Curve("KL to the policy of the rollout", r"policy/approx_kl"),
+    _Curve("Share of samples with a score", r"(reward|heldout/.+|evaluation/.+)/valid"),
+    _Curve("Samples without a score", r"reward/(not_finite|.+/missing)"),
     _Curve("Gradient norm", r"grad_norm", log=True),
     _Curve("Samples per second", r"samples_per_second"),
     _Curve("Share of the peak FLOP/s (MFU)", r"mfu|perf/mfu_.+"),

@@ -7,6 +7,7 @@ its signals are handled by ddrl_jax.preemption, and Orbax needs no service for o
 
 import hashlib
 import itertools
+import json
 import math
 import os
 import socket
@@ -243,11 +244,18 @@ def whole_scores(scores: Scores, rows: np.ndarray, total: int) -> Scores:
 
 
 def summed(counts: dict[str, float]) -> dict[str, float]:
-    """Adds up what each process has counted under the same names."""
-    if not counts:
+    """Adds up what each process has counted, by name; a name it lacks is 0 there.
+
+    Every process has to call it, or none because all count nothing.
+    """
+    if not counts or jax.process_count() == 1:
         return counts
-    totals = every(np.array(list(counts.values()), np.float64)).sum(0)
-    return dict(zip(counts, totals.tolist(), strict=True))
+    raw = json.dumps(counts).encode()
+    longest = int(every(np.array([len(raw)])).max())
+    rows = every(_bytes(raw.ljust(longest)))
+    found = [json.loads(row.tobytes()) for row in rows]
+    names = dict.fromkeys(name for each in found for name in each)
+    return {name: sum(each.get(name, 0.0) for each in found) for name in names}
 
 
 def check_agreement(values: Mapping[str, object]) -> None:

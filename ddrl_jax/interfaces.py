@@ -195,6 +195,8 @@ class Pipeline(NamedTuple):
         where a latent is the picture itself.
       precise: pattern of the names of params ("a/b/kernel") that denoise uses in
         float32 whatever its dtype; all others it converts before it uses them.
+      described: names what the files of the starting checkpoint say of the model beside
+        its weights; "" where the configuration says it all.
     """
 
     encode: Callable[[Sequence[str]], Cond]
@@ -209,6 +211,7 @@ class Pipeline(NamedTuple):
     fingerprint: str
     encode_images: Callable[[Any], tuple[Array, Array]] | None = None
     precise: str = ".*"
+    described: str = ""
 
     @property
     def params(self) -> Params | None:

@@ -8,10 +8,10 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image, ImageDraw, ImageFont
 
-_GAP = 4  # pixels between two pictures
+GAP = 4  # pixels between two pictures
 _BACKGROUND = 255
 _INK = (60, 60, 60)
-_LINE = 12  # pixels of a line of captions, PIL's default font at size 10
+LINE = 12  # pixels of a line of captions, PIL's default font at size 10
 
 
 def grid(
@@ -35,12 +35,12 @@ def grid(
     count, height, width, _ = pictures.shape
     columns = max(1, min(columns, count))
     rows = -(-count // columns)
-    cell_h = height + _GAP + (_LINE if captions is not None else 0)
-    cell_w = width + _GAP
-    sheet = (rows * cell_h + _GAP, columns * cell_w + _GAP, 3)
+    cell_h = height + GAP + (LINE if captions is not None else 0)
+    cell_w = width + GAP
+    sheet = (rows * cell_h + GAP, columns * cell_w + GAP, 3)
     canvas = np.full(sheet, _BACKGROUND, np.uint8)
     corners = [
-        (_GAP + (i // columns) * cell_h, _GAP + (i % columns) * cell_w)
+        (GAP + (i // columns) * cell_h, GAP + (i % columns) * cell_w)
         for i in range(count)
     ]
     for picture, (top, left) in zip(pictures, corners, strict=True):

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 from ddrl_jax.curves import Rows, curves, series_of
 from ddrl_jax.errors import UserError
+from ddrl_jax.start_note import of_the_run
 
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #222; background: #fff;
@@ -88,7 +89,7 @@ def _read(root: Path) -> _Run:
         )
     config = _read_config(root / "config.json", missing)
     rows = _read_lines(root / "metrics.jsonl", missing)
-    starts = _read_lines(root / "starts.jsonl", missing)
+    starts = of_the_run(_read_lines(root / "starts.jsonl", missing))
     samples = _find_samples(root / "samples")
     if not samples:
         missing.append("samples/: no pictures yet (the first evaluation writes them)")
@@ -247,6 +248,7 @@ def _machine(starts: Rows) -> Iterable[str]:
         yield _missing("No starts.jsonl: machine and command are not known.")
         return
     last = dict(starts[-1])
+    last.pop("mode", None)  # it is that of training
     versions = last.pop("versions", None) or {}
     command = str(last.pop("command", "not known"))
     yield f"<pre>{html.escape(command)}</pre>"

@@ -74,6 +74,7 @@ def save(
         "epoch": epoch,
         "samples_seen": epoch * samples_per_epoch(program.config),
         "weights": program.pipeline.fingerprint,
+        "described": program.pipeline.described,
         "prompts": describe(program.prompts),
     }
     if program.source is not None:
@@ -133,4 +134,13 @@ def _check_weights(program: Program, cursor: dict) -> None:
             wanted=cursor["weights"],
             way_out="set config.model.init to the weights of that run, or choose "
             "another --workdir",
+        )
+    now = program.pipeline.described
+    if cursor.get("described", now) != now:  # older checkpoints do not say
+        raise UserError(
+            "the JSON files of the starting model have changed since the checkpoint",
+            got=f"sizes, scaling and prediction type of digest {now}",
+            wanted=cursor["described"],
+            way_out="restore the config.json files and the scheduler_config.json of "
+            f"{program.config.model.init}, or choose another --workdir",
         )

@@ -1,5 +1,6 @@
 """--mode=sample: a captioned data set of samples of the policy itself."""
 
+import sys
 from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,8 +13,9 @@ from tqdm import tqdm
 from ddrl_jax.checkpoint import Checkpoints
 from ddrl_jax.data.samples import refuse_existing, write_samples
 from ddrl_jax.distributed import is_main
+from ddrl_jax.errors import UserError
 from ddrl_jax.evaluate import chunks_of, make_sampler
-from ddrl_jax.finite import broken
+from ddrl_jax.finite import SHOWN
 from ddrl_jax.learner import TrainState
 from ddrl_jax.program import Program, build
 from ddrl_jax.resume import start
@@ -38,7 +40,7 @@ def sample_mode(config: Any, workdir: str) -> None:
     Raises:
       UserError: the output folder exists already, or a sample is not finite.
     """
-    with open_workdir(workdir, config) as home:
+    with open_workdir(workdir, config, mode="sample") as home:
         output = Path(config.sample.output or home.root / "dataset")
         refuse_existing(output)  # before anything is built
         program = build(without_data(config))
@@ -66,12 +68,24 @@ def _draw(
     sample = make_sampler(program, config.sample, solver)
     root = jax.random.fold_in(jax.random.key(config.seed), SAMPLE_STREAM)
     size, done = program.chunk, 0
-    parts = list(chunks_of(program, root, index))
-    shown = config.log.progress and is_main()
-    for part in tqdm(parts, disable=not shown, unit="batch"):
+    shown = config.log.progress and is_main() and sys.stderr.isatty()
+    parts, total = chunks_of(program, root, index), -(-len(index) // size)
+    for part in tqdm(parts, total=total, disable=not shown, unit="batch"):
         rows = index[done : done + size]
         images, finite = to_host(sample(state.average, program.frozen, *part))
-        if not finite.all():  # a data set of black pictures is none
-            raise broken(finite)
+        if not finite[: len(rows)].all():  # a data set of black pictures is none
+            raise _not_finite(program, rows[~finite[: len(rows)]])
         yield images[: len(rows)], tuple(program.prompts[i] for i in rows)
         done += size
+
+
+def _not_finite(program: Program, rows: np.ndarray) -> UserError:
+    prompts = ", ".join(repr(program.prompts[i]) for i in rows[:SHOWN])
+    return UserError(
+        "samples are NaN or infinite and have no picture",
+        got=f"{len(rows)} of a batch, of the prompts {prompts}",
+        wanted="finite latents",
+        way_out="try --config.model.dtype=float32, a lower "
+        "--config.sample.guidance_scale or more --config.sample.steps; nothing is "
+        "written",
+    )

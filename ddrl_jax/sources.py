@@ -18,6 +18,7 @@ from ddrl_jax.data.samples import sample_source
 from ddrl_jax.data.seen import files_digest, recall, remember
 from ddrl_jax.interfaces import Cond, DataSource, Pipeline
 from ddrl_jax.models.folder import fingerprint
+from ddrl_jax.models.sd_folder import described, read_source
 from ddrl_jax.models.stable_diffusion import model_folder
 
 
@@ -92,10 +93,13 @@ def _cached(config: Any, pipeline: Pipeline) -> Path:
     folder, caches = model_folder(model), Path(data.cache).expanduser()
     encode, resolution = pipeline.encode_images, _resolution(pipeline)
     assert encode is not None, "Stable Diffusion encodes pictures"
+    source = read_source(folder, model.variant)
     weights = [folder / "vae", folder / "text_encoder"]
     whose = {
         "weights": fingerprint(weights, model.variant),
         "tokenizer": _digest(folder / "tokenizer"),
+        "networks": described(source.vae, source.text),
+        "vae_dtype": model.vae_dtype,
     }
     stored = Path(data.path)
     if data.source == "tfds":

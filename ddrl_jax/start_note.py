@@ -6,15 +6,17 @@ import os
 import platform
 import sys
 import time
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import jax
 
 from ddrl_jax import __version__
 
 
-def note_start(starts: Path) -> None:
-    """Appends a line on this start to the file of all starts of a run."""
+def note_start(starts: Path, mode: str) -> None:
+    """Appends a line on this start to the file of all starts in a workdir."""
     packages = (
         "ddrl_jax",
         "jax",
@@ -32,6 +34,7 @@ def note_start(starts: Path) -> None:
             versions[package] = "not installed"
     devices = jax.devices()
     start = {
+        "mode": mode,
         "date": time.strftime("%Y-%m-%d %H:%M:%S %Z"),
         "command": " ".join(["python -m ddrl_jax.main", *sys.argv[1:]]),
         "devices": f"{len(devices)} x {devices[0].device_kind}",
@@ -42,6 +45,11 @@ def note_start(starts: Path) -> None:
     }
     with starts.open("a") as file:
         file.write(json.dumps(start) + "\n")
+
+
+def of_the_run(starts: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The starts that trained: what another mode ran on is not what the run ran on."""
+    return [dict(start) for start in starts if start.get("mode", "train") == "train"]
 
 
 def _memory_gb() -> float:

@@ -61,6 +61,8 @@ def train(config: Any, workdir: str, profile: Epochs | None = None) -> None:
             run(program, rewards, home, checkpoints, stop, profile)
         finally:
             checkpoints.close()
+            if program.source and program.source.announce:
+                program.source.announce(())  # nothing more is read ahead
         if is_main() and not stop.agreed:
             print(f"report: {write_report(home)}", flush=True)
 

@@ -104,7 +104,11 @@ class Workdir:
 
 
 def open_workdir(
-    path: str | os.PathLike, config: Any, *, exclusive: bool = True
+    path: str | os.PathLike,
+    config: Any,
+    *,
+    exclusive: bool = True,
+    mode: str = "train",
 ) -> Workdir:
     """Creates the folder of a run, or takes up the one that is there.
 
@@ -113,6 +117,8 @@ def open_workdir(
       config: the ConfigDict of the run, or its `to_dict()`.
       exclusive: lock the folder, compare and store the config, note this start. False
         only reads beside a run (the folder must exist).
+      mode: in which this start works; another one than "train" leaves the config of a
+        run that has begun as it is.
 
     Raises:
       UserError: the folder can not be created or written, another run is using it, or
@@ -123,12 +129,14 @@ def open_workdir(
         if not root.is_dir():
             raise _unusable(root, "no such folder", "the workdir of an earlier run")
         return Workdir(root)
-    workdir = main_first(lambda: _take(root, config) if is_main() else Workdir(root))
+    workdir = main_first(
+        lambda: _take(root, config, mode) if is_main() else Workdir(root)
+    )
     check_shared(workdir.starts)  # that process 0 has just written to
     return workdir
 
 
-def _take(root: Path, config: Any) -> Workdir:
+def _take(root: Path, config: Any, mode: str) -> Workdir:
     try:
         root.mkdir(parents=True, exist_ok=True)
         lock = Lock(root / ".lock")
@@ -138,8 +146,8 @@ def _take(root: Path, config: Any) -> Workdir:
         ) from error
     workdir = Workdir(root, lock)
     try:
-        _settle_config(workdir, _flat(config))
-        note_start(workdir.starts)
+        _settle_config(workdir, _flat(config), keep=mode != "train")
+        note_start(workdir.starts, mode)
     except OSError as error:
         workdir.close()
         raise _unusable(root, error, "a folder that can be written") from error
@@ -201,7 +209,8 @@ def replace_file(path: Path, content: bytes) -> None:
     draft.replace(path)
 
 
-def _settle_config(workdir: Workdir, wanted: dict[str, Any]) -> None:
+def _settle_config(workdir: Workdir, wanted: dict[str, Any], keep: bool) -> None:
+    """Compares and writes the config; `keep` that of a run that has begun."""
     if not workdir.config.exists():
         foreign = [p.name for p in (workdir.checkpoints, workdir.metrics) if p.exists()]
         if foreign:
@@ -213,6 +222,8 @@ def _settle_config(workdir: Workdir, wanted: dict[str, Any]) -> None:
             )
     else:
         _compare_config(workdir, wanted)
+        if keep and _begun(workdir):
+            return
     text = json.dumps(_nested(wanted), indent=2, sort_keys=True) + "\n"
     replace_file(workdir.config, text.encode())
 

@@ -3,13 +3,14 @@
 #
 #   launch/local_processes.sh [--dry-run] PROCESSES DEVICES_EACH -- ARGUMENTS
 #
-# ARGUMENTS are those of `python -m ddrl_jax.main`. SIGTERM and SIGINT are handed on to
-# every process; the exit status is the first one that is not 0. PYTHON names the
-# interpreter, PORT the port of process 0 (a free one).
+# ARGUMENTS are those of `python -m ddrl_jax.main`. SIGTERM and SIGINT tell every process
+# to save and end; the exit status is the first one that is not 0. PYTHON names the
+# interpreter (.venv/bin/python if it is there, else python3), PORT the port of process 0
+# (a free one).
 set -u
 
 usage() {
-  sed -n '2,8s/^# \{0,1\}//p' "$0" >&2
+  sed -n '2,9s/^# \{0,1\}//p' "$0" >&2
   exit 2
 }
 
@@ -21,9 +22,13 @@ case "$count$devices" in *[!0-9]* | 0*) usage ;; esac
 [ "$devices" -gt 0 ] || usage
 shift 3
 
-python=${PYTHON:-python}
+python=${PYTHON:-python3}
+[ -z "${PYTHON:-}" ] && [ -x .venv/bin/python ] && python=.venv/bin/python
 free_port='import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])'
-port=${PORT:-$("$python" -c "$free_port")} || exit 1
+port=${PORT:-}
+if [ -z "$port" ]; then
+  [ "$dry" ] && port=PORT || port=$("$python" -c "$free_port") || exit 1
+fi
 export JAX_PLATFORMS=cpu JAX_NUM_CPU_DEVICES=$devices
 
 pids=()
@@ -47,8 +52,9 @@ hand_on() {
   told=yes
   kill -s "$1" "${pids[@]}" 2>/dev/null
 }
-trap 'hand_on TERM' TERM
-trap 'hand_on INT' INT
+# A terminal sends its INT to every process of the group itself, and a second one means
+# "do not save": what is handed on is TERM, of which any number means the same.
+trap 'hand_on TERM' TERM INT
 
 status=0
 for pid in "${pids[@]}"; do

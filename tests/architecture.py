@@ -86,7 +86,7 @@ IMPORT_TABLE: dict[str, tuple[str, ...]] = {
     **{name: () for name in MEASURES},
     "checkpoint": ("fingerprint", "orbax_log", "distributed"),
     "fingerprint": ("checksum",),
-    "report": ("curves",),
+    "report": ("curves", "start_note"),
     "workdir": ("distributed", "lock", "start_note"),
     "metrics_file": ("metrics", "workdir"),
     **{

@@ -58,20 +58,29 @@ def first_collapse(run: Run) -> int | None:
     return int(run.calls[found[0]]) if found.size else None
 
 
+def judged(run: Run) -> bool:
+    """Whether a collapse would be seen: retrieval or held-out data loss is there."""
+    seen = (np.isfinite(run.values[name]).any() for name in ("retrieval", "data_loss"))
+    return any(map(bool, seen))
+
+
 def verdicts(runs: Runs) -> list[Verdict]:
     """Both bars for every arm against the first arm without an anchor.
 
     Returns:
-      A verdict for each other arm; none where no arm is without an anchor.
+      A verdict for each other arm of which a collapse would be seen; none where no arm
+      is without an anchor, or would not show its own.
     """
     free = [arm for arm, of_arm in runs.items() if role(of_arm[0].config) == "DDPO"]
-    if not free:
+    if not free or not all(map(judged, runs[free[0]])):
         return []
     reference = {run.seed: run for run in runs[free[0]]}
     return [
         _verdict(arm, [r for r in of_arm if r.seed in reference], reference)
         for arm, of_arm in runs.items()
-        if arm != free[0] and any(r.seed in reference for r in of_arm)
+        if arm != free[0]
+        and any(r.seed in reference for r in of_arm)
+        and all(map(judged, of_arm))
     ]
 
 

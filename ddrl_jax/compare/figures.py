@@ -19,6 +19,7 @@ from ddrl_jax.compare.bars import (
     KEPT_DATA_LOSS,
 )
 from ddrl_jax.compare.runs import METRICS, Run, Runs, Summary, labels, summarise
+from ddrl_jax.pictures import GAP, LINE
 
 # Hues of Okabe and Ito, which readers of every colour vision tell apart; the arms of a
 # role share the hue and differ in lightness and line.
@@ -100,6 +101,27 @@ def spread_out(places: Sequence[float], gap: float) -> list[float]:
     for i, place in zip(order, moved, strict=True):
         result[i] = place
     return result
+
+
+def cell_of(shape: tuple[int, ...], count: int, columns: int = _MANY) -> int | None:
+    """Pixels of a picture in a sheet of `pictures.grid`, from the sheet's own size.
+
+    Args:
+      shape: of the sheet, its height first.
+      count: pictures in it.
+      columns: pictures a row.
+
+    Returns:
+      The size; None where no square pictures of that number make such a sheet.
+    """
+    if not count:
+        return None
+    columns = min(columns, count)
+    rows, inner = -(-count // columns), shape[1] - GAP
+    size = inner // columns - GAP
+    fits = inner % columns == 0 and size > 0
+    high = shape[0] == rows * (size + GAP + LINE) + GAP
+    return size if fits and high else None
 
 
 def cut_pictures(
@@ -274,10 +296,11 @@ def _row(run: Run, step: int) -> tuple[np.ndarray, np.ndarray] | None:
     path = run.root / "samples" / f"evaluation_{step:06d}.png"
     if not path.exists():
         return None
-    size = run.config["model.image_size"]
-    size *= max(1, 128 // size)  # the enlargement of `Evaluation`
     sheet = np.asarray(Image.open(path).convert("RGB"))
-    pictures, captions = cut_pictures(sheet, size, run.config["evaluate.pictures"])
+    count = min(run.config["evaluate.pictures"], run.config["evaluate.samples"])
+    if (size := cell_of(sheet.shape, count)) is None:
+        return None
+    pictures, captions = cut_pictures(sheet, size, count)
     between = ((0, 0), (0, 0), (0, 6), (0, 0))
     padded = (
         np.pad(p[:_MANY], between, constant_values=255) for p in (pictures, captions)

@@ -13,6 +13,7 @@ from ddrl_jax.compare.bars import (
     LONGER,
     TAIL,
     first_collapse,
+    judged,
     verdicts,
 )
 from ddrl_jax.compare.runs import (
@@ -25,6 +26,7 @@ from ddrl_jax.compare.runs import (
     summarise,
 )
 from ddrl_jax.compare.values import write_values
+from ddrl_jax.start_note import of_the_run
 
 FALLS = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5)  # of the base's JPEG size
 _OWN = ("name", "seed", "train.epochs")  # keys that differ without being an anchor
@@ -66,7 +68,8 @@ def write_table(
 
 def _head(runs: Runs, facts: Mapping[str, str]) -> Iterator[str]:
     every = [run for of_arm in runs.values() for run in of_arm]
-    starts = [line for r in every for line in read_lines(r.root / "starts.jsonl")]
+    notes = (line for r in every for line in read_lines(r.root / "starts.jsonl"))
+    starts = of_the_run(notes)
     config, last = every[0].config, starts[-1] if starts else {}
     dates = sorted(str(start.get("date", ""))[:10] for start in starts)
     machines = {
@@ -86,7 +89,8 @@ def _head(runs: Runs, facts: Mapping[str, str]) -> Iterator[str]:
     yield f"- hours of all epochs together, evaluation and start-up aside: {hours:.2f}"
     yield (
         f"- evaluation: {config.get('evaluate.samples')} samples of "
-        f"{config.get('prompts.limit')} prompts, {_sampler(config)}, averaged weights. "
+        f"{config.get('prompts.limit') or 'all'} prompts in their order, "
+        f"{_sampler(config)}, averaged weights. "
         "Prompts and noise are those of the seed: equal for all arms, other ones for "
         "another seed, so the spread over seeds holds the choice of prompts too"
     )
@@ -116,7 +120,10 @@ def _bars(runs: Runs, summaries: Mapping[str, Summary]) -> Iterator[str]:
     yield "## Bars\n"
     found = verdicts(runs)
     if not found:
-        yield "No arm without an anchor to compare with, so the bars are not computed."
+        yield (
+            "Not computed: there is no arm without an anchor beside another one, or "
+            "neither retrieval nor held-out data loss was measured."
+        )
         return
     arm = next(arm for arm, s in summaries.items() if s.role == "DDPO")
     free, ends = summaries[arm].label, [first_collapse(run) for run in runs[arm]]
@@ -147,6 +154,9 @@ def _bars(runs: Runs, summaries: Mapping[str, Summary]) -> Iterator[str]:
             _word(v.kept),
         )  # fmt: skip
         yield f"| {' | '.join(cells)} |"
+    blind = [s.label for a, s in summaries.items() if not all(map(judged, runs[a]))]
+    if blind:
+        yield f"\nNeither retrieval nor data loss was measured of {', '.join(blind)}."
 
 
 def _values(summaries: Mapping[str, Summary]) -> Iterator[str]:

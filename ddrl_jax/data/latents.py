@@ -112,8 +112,8 @@ class LatentSource:
             )
         rows = self._texts.read(np.array([self._row_of[c] for c in captions]))
         pooled = rows.get("pooled")
-        emb = jnp.asarray(_wide(rows["emb"]))
-        return Cond(emb, None if pooled is None else jnp.asarray(_wide(pooled)))
+        emb: Any = _wide(rows["emb"])  # stays on the host until it is asked for
+        return Cond(emb, None if pooled is None else _wide(pooled))
 
     def latents(
         self, fetched: Mapping[str, Float[Array, "b h w c"]], keys: Key[Array, " b"]

@@ -4,7 +4,8 @@
     a.png a.txt      the caption of NAME.png is the text of NAME.txt
 
 Folders may be nested; `file_name` is relative to the metadata.jsonl it stands in. The
-key may also be "caption". Hidden files, README* and LICENSE* are left alone.
+key may also be "caption". Hidden files are left alone, and README* and LICENSE* that
+are no pictures.
 """
 
 import hashlib

@@ -43,16 +43,13 @@ class ReadAhead:
         """Says which batches will be fetched next, so that threads read them ahead.
 
         A limited number is held, whatever is announced. Announcing again forgets what
-        was announced before; a batch that was not announced is simply read.
+        was announced before, so that none, (), ends the reading ahead; a batch that was
+        not announced is simply read.
         """
         for future in self._ahead.values():
             future.cancel()
         self._ahead, self._queue = {}, deque(batches)
         self._top_up()
-
-    def close(self) -> None:
-        """Ends the threads."""
-        self._pool.shutdown(cancel_futures=True)
 
     def _top_up(self) -> None:
         while self._queue and len(self._ahead) < AHEAD:

@@ -8,6 +8,8 @@ was killed goes on after the last complete shard.
 import json
 import math
 import os
+import resource
+import socket
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -91,6 +93,7 @@ class Table:
             }
             shards = range(math.ceil(self.rows / card["shard"]))
             paths = [str(_shard_path(folder, name, k)) for k in shards]
+            _allow_files()  # it keeps every shard open that was read once
             self._records: Any = ArrayRecordDataSource(paths)
             if len(self._records) != self.rows:
                 raise ValueError(f"{len(self._records)} rows instead of {self.rows}")
@@ -106,6 +109,8 @@ class Table:
         try:
             found = self._records.__getitems__([int(r) for r in records])
         except (RuntimeError, OSError) as e:
+            if "Too many open files" in str(e):
+                raise _too_many(self.folder, e) from e
             raise damaged(self.folder, e) from e
         raw = np.frombuffer(b"".join(found), np.uint8).reshape(len(records), -1)
         rows, at = {}, 0
@@ -115,6 +120,24 @@ class Table:
             rows[leaf] = part.view(dtype).reshape(len(records), *shape)
             at += size
         return rows
+
+
+def _allow_files() -> None:
+    """Raises the number of files that this process may have open as far as it may."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+def _too_many(folder: Path, e: Exception) -> UserError:
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    return UserError(
+        f"the cache {folder} has more shards than this process may have files open",
+        got=f"{e}; a limit of {limit}",
+        wanted="an open file for every shard",
+        way_out="raise the limit before the start, as in ulimit -n 65536; nothing is "
+        "wrong with the cache",
+    )
 
 
 def damaged(folder: Path, why: object) -> UserError:
@@ -144,7 +167,8 @@ def write_json(path: Path, value: Any) -> None:
     Raises:
       UserError: the disk refuses.
     """
-    scratch = path.with_name(path.name + ".tmp")
+    # Two runs that saw the same data may note it at the same moment.
+    scratch = path.with_name(f"{path.name}.{socket.gethostname()}-{os.getpid()}.tmp")
     try:
         scratch.write_text(json.dumps(value, indent=1), encoding="utf-8")
         _settle(scratch, path)

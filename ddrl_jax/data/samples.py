@@ -4,9 +4,10 @@ DDRL may anchor to real data or to samples of the policy it starts from; `--mode
 writes such a set, `config.data.source = "samples"` reads it.
 """
 
+import contextlib
 import hashlib
 import io
-import tempfile
+import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -70,11 +71,17 @@ def write_samples(
     """
     refuse_existing(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    # Beside its place, so that one rename puts the finished set there.
-    with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
+    # Beside its place, so that one rename puts the finished set there. What a kill left
+    # of an earlier one is of no use: sampling starts anew.
+    scratch = folder.with_name(f".{folder.name}.part")
+    shutil.rmtree(scratch, ignore_errors=True)
+    try:
         builder = _builder(batches)(data_dir=scratch, file_format="array_record")
-        builder.download_and_prepare()
+        with contextlib.redirect_stdout(io.StringIO()):  # it names the scratch folder
+            builder.download_and_prepare()
         Path(builder.data_dir).rename(folder)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
     return builder.info.splits["train"].num_examples
 
 
@@ -105,6 +112,7 @@ def _builder(batches: Iterable):
     """A TFDS builder class that drains `batches`."""
     import tensorflow_datasets as tfds  # slow import, only where data is written
 
+    tfds.disable_progress_bar()  # the caller has its own
     features = tfds.features.FeaturesDict(
         {
             "image": tfds.features.Image(shape=(None, None, 3), encoding_format="png"),

@@ -141,7 +141,7 @@ class _Top:
 
 def _read(cls: type[T], tower: str, given: Mapping[str, Any]) -> T:
     what = f"CLIP {tower} tower"
-    if f"{tower}_config" in given:
+    if given.get(f"{tower}_config") is not None:
         # Early files hold what differs from the defaults a second time, as a dict
         # that wins.
         early = given.get(f"{tower}_config_dict")

@@ -1,5 +1,6 @@
 """Prompts -> token ids of CLIP, by the tokenizer files of a folder."""
 
+import threading
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -41,9 +42,18 @@ def clip_tokenize(folder: Path, config: ClipTextConfig) -> Tokenize:
             way_out="download the whole model again",
         )
     reported: set[str] = set()
+    lock = threading.Lock()  # padding and truncation are settings of the one tokenizer
+
+    def both(prompts: list[str]) -> tuple[list[list[int]], list[list[int]]]:
+        with lock:
+            whole = tokenizer(prompts)["input_ids"]
+            cut = tokenizer(
+                prompts, padding="max_length", max_length=limit, truncation=True
+            )
+        return whole, cut["input_ids"]
 
     def tokenize(prompts: Sequence[str]) -> Int[np.ndarray, "b l"]:
-        whole = tokenizer(list(prompts))["input_ids"]
+        whole, cut = both(list(prompts))
         pairs = zip(prompts, whole, strict=True)
         long = {prompt for prompt, ids in pairs if len(ids) > limit} - reported
         reported.update(long)
@@ -53,10 +63,7 @@ def clip_tokenize(folder: Path, config: ClipTextConfig) -> Tokenize:
                 f" lose their end, such as {min(long)[:SHOWN]!r}...",
                 stacklevel=2,
             )
-        cut = tokenizer(
-            list(prompts), padding="max_length", max_length=limit, truncation=True
-        )
-        return np.asarray(cut["input_ids"], np.int32)
+        return np.asarray(cut, np.int32)
 
     return tokenize
 

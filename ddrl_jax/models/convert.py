@@ -122,7 +122,11 @@ def apply_table(rows: Table, name: str, tensors: Mapping[str, np.ndarray]) -> Pa
         if (kind := rows.kind(torch_name)) is None:
             unknown.append(original)
             continue
-        array = _kernel_to_jax(tensor) if LEAF.get(kind) == "kernel" else tensor
+        matrix = LEAF.get(kind) == "kernel"
+        if matrix and tensor.ndim not in (2, 4):
+            what = "that should be matrices or kernels"
+            raise _left_over(name, [f"{original} {tensor.shape}"], what)
+        array = _kernel_to_jax(tensor) if matrix else tensor
         path, index = _flax_path(rows, torch_name, kind)
         home = flat if index is None else stacks.setdefault(path, {})
         key = path if index is None else index

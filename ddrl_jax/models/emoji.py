@@ -2,6 +2,7 @@
 
 import difflib
 import hashlib
+import os
 import zipfile
 import zlib
 from collections.abc import Callable, Sequence
@@ -129,7 +130,15 @@ def write_params(path: Path, params: Params, dtype: str = "float16") -> None:
             wanted="finite numbers",
             way_out="export an earlier checkpoint",
         )
-    np.savez_compressed(path, **arrays)
+    draft = path.with_name(path.name + ".part")
+    try:
+        with draft.open("wb") as file:  # by its path NumPy would add a second ".npz"
+            np.savez_compressed(file, **arrays)
+            file.flush()
+            os.fsync(file.fileno())
+        draft.replace(path)
+    finally:
+        draft.unlink(missing_ok=True)
 
 
 def check_params(params: Params, shapes: Params, source: Path) -> None:

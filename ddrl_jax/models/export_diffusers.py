@@ -1,6 +1,7 @@
 """Trained weights in the formats of diffusers: a whole folder, or a LoRA file."""
 
 import json
+import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -31,6 +32,7 @@ DTYPES: Mapping[str, Any] = {
 LORA_FILE = "pytorch_lora_weights.safetensors"  # what load_lora_weights looks for
 INDEX = "model_index.json"
 COPIED = (".json", ".txt", ".safetensors", ".md")
+NEEDED = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
 FACTORS = {"a": "lora_A.weight", "b": "lora_B.weight"}
 
 
@@ -88,19 +90,20 @@ def write_pipeline(
     return target
 
 
-def write_lora(path: Path, lora: Params, config: Any, bake_alpha: bool = False) -> Path:
+def write_lora(path: Path, lora: Params, config: Any, bake_alpha: bool = True) -> Path:
     """A LoRA of the UNet as the file that `pipe.load_lora_weights` takes.
 
-    The effective weight is W + (alpha / r) B A with A [r i] and B [o r]. The scale
-    stands in the header, as diffusers and peft read it; programs that read no header
-    take alpha = r, so for them it can be multiplied into B.
+    The effective weight is W + (alpha / r) B A with A [r i] and B [o r]. The scale is
+    multiplied into B, which means the same to every reader. It can stand in the header
+    instead, as newer versions of diffusers and peft read it; diffusers 0.33 and
+    programs that read no header take alpha = r.
 
     Args:
       path: a folder, in which the file gets the name that diffusers looks for, or the
         path of a new .safetensors file.
       lora: tree with leaves "a" [.. i r] and "b" [.. r o].
       config: config.lora, with rank and alpha (0 for the rank).
-      bake_alpha: write B alpha / r and alpha = r.
+      bake_alpha: write B alpha / r and alpha = r; False: B, and alpha in the header.
 
     Returns:
       The path of the file.
@@ -197,7 +200,7 @@ def _check_same_network(
 
 def _copy_all_but_unet_weights(source: Path, target: Path) -> None:
     """JSON, text and safetensors; other formats and single-file copies stay behind."""
-    for file in sorted(source.rglob("*")):
+    for file in _files(source):
         inside = file.relative_to(source)
         weights = ".safetensors" in inside.name
         skip = weights and inside.parts[0] in ("unet", inside.name)
@@ -206,6 +209,17 @@ def _copy_all_but_unet_weights(source: Path, target: Path) -> None:
             continue
         (target / inside).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(file, target / inside)  # a link of the hub's cache is followed
+
+
+def _files(source: Path) -> list[Path]:
+    """All files below a folder, links followed, each real folder entered once."""
+    found, entered = [], set()
+    for top, folders, files in os.walk(source, followlinks=True):
+        entered.add(os.path.realpath(top))
+        inside = {name: os.path.realpath(os.path.join(top, name)) for name in folders}
+        folders[:] = [name for name, real in inside.items() if real not in entered]
+        found += [Path(top) / name for name in files]
+    return sorted(found)
 
 
 def _write_unet(
@@ -219,7 +233,9 @@ def _write_unet(
     index = index_of(source, variant)
     home = dict.fromkeys(tensors, files[0].name)
     if index:
-        home |= read_json(index)["weight_map"]
+        # As they were read: a name of the index stays a file beside it.
+        names: Mapping[str, str] = read_json(index)["weight_map"]
+        home |= {tensor: Path(file).name for tensor, file in names.items()}
     for file in sorted(set(home.values())):
         part = {name: t for name, t in tensors.items() if home[name] == file}
         write_tensors(target / file, part)
@@ -234,6 +250,13 @@ def _write_index(source: Path, target: Path) -> None:
     index = read_json(source / INDEX)
     pairs = {name for name, value in index.items() if isinstance(value, list)}
     gone = {name for name in pairs if not _is_whole(source / name, target / name)}
+    if lost := sorted(gone.intersection(NEEDED)):
+        raise UserError(
+            f"a copy of {source} would lack components",
+            got=f"no weights or no files of {', '.join(lost)} that can be copied",
+            wanted=f"{', '.join(NEEDED)}, as safetensors and JSON",
+            way_out="download the whole model again",
+        )
     if "feature_extractor" in gone:
         gone.add("safety_checker")  # sees through it
     index |= dict.fromkeys(gone & pairs, [None, None])

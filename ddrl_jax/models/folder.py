@@ -100,7 +100,8 @@ def index_of(folder: Path, variant: str | None = None) -> Path | None:
 
 def _shards(index: Path) -> list[Path]:
     names = read_json(index).get("weight_map")
-    if not isinstance(names, dict) or not names:
+    whole = isinstance(names, dict) and all(isinstance(n, str) for n in names.values())
+    if not names or not whole:
         raise _damaged(index, "no weight_map")
     # A name of the index must stay a file beside it.
     files = [index.parent / Path(str(name)).name for name in sorted({*names.values()})]

@@ -1,5 +1,8 @@
 """A Stable Diffusion folder read and checked, all but its weights."""
 
+import dataclasses
+import hashlib
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,9 +27,11 @@ REQUIRED: Mapping[str, Any] = {
 IF_PRESENT: Mapping[str, tuple[Any, ...]] = {
     "num_train_timesteps": (1000,),
     "trained_betas": (None,),
-    "steps_offset": (1,),
+    # Files before diffusers 0.8 say 0 and True here, and diffusers makes 1 and False of
+    # it when it loads them; our grid and samplers have 1 and False whatever is said.
+    "steps_offset": (1, 0),
     "set_alpha_to_one": (False,),
-    "clip_sample": (False,),
+    "clip_sample": (False, True),
     "thresholding": (False,),
     "rescale_betas_zero_snr": (False,),
     "timestep_spacing": ("leading", "linspace"),
@@ -52,6 +57,17 @@ class Source(NamedTuple):
     vae: VaeConfig
     text: ClipTextConfig
     prediction: str
+
+    @property
+    def described(self) -> str:
+        """Names what the JSON says of the networks and what the denoiser predicts."""
+        return described(self.unet, self.vae, self.text, self.prediction)
+
+
+def described(*parts: Any) -> str:
+    """16 hexadecimal digits of configurations and names that were read from JSON."""
+    plain = [dataclasses.asdict(p) if dataclasses.is_dataclass(p) else p for p in parts]
+    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def read_source(folder: Path, variant: str = "") -> Source:

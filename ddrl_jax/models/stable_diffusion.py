@@ -153,6 +153,7 @@ def assemble(
         fingerprint=fingerprint(components, source.variant) if weights else "",
         encode_images=make_encode_images(source.vae, vae, vae_dtype, vae_at_once),
         precise=PRECISE,
+        described=source.described,
     )
 
 

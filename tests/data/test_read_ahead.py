@@ -43,7 +43,6 @@ def test_announced_batches_are_those_that_are_read():
         ahead.announce(batches)
         for batch in order:
             np.testing.assert_array_equal(ahead(batch)["page"], batch / 8.0)
-    ahead.close()
 
 
 def test_few_batches_are_held_whatever_is_announced(monkeypatch):
@@ -58,7 +57,6 @@ def test_few_batches_are_held_whatever_is_announced(monkeypatch):
     settled(slow, 5)
     assert len(slow.read) == 5, "what was announced is not read a second time"
     assert ahead.waits == 0
-    ahead.close()
 
 
 def test_a_failed_read_fails_where_its_batch_is_asked_for():
@@ -69,7 +67,6 @@ def test_a_failed_read_fails_where_its_batch_is_asked_for():
     ahead.announce([np.array([3])])
     with pytest.raises(OSError, match="no such record"):
         ahead(np.array([3]))
-    ahead.close()
 
 
 def programs(**edits):
@@ -101,7 +98,6 @@ def test_after_the_first_draw_no_chunk_waits_for_its_records(captions):
     np.testing.assert_array_equal(
         slow.read[6:8], without.objective.source.fetch.read[6:]
     )
-    ahead.close()
 
 
 def test_nothing_is_read_for_an_epoch_that_never_comes():
@@ -109,7 +105,6 @@ def test_nothing_is_read_for_an_epoch_that_never_comes():
     draw_chunks(program, prompts_of(program, 2), 2, 0)  # the last of three
     time.sleep(0.1)
     assert len(slow.read) == 2
-    ahead.close()
 
 
 def test_of_sparse_rwr_only_what_is_kept_is_read_ahead():
@@ -127,4 +122,3 @@ def test_of_sparse_rwr_only_what_is_kept_is_read_ahead():
     settled(slow, 4)
     draw_chunks(program, prompts, 0, 1, kept)
     assert slow.threads[:4] == [False] * 3 + [True] and ahead.waits == 3
-    ahead.close()
