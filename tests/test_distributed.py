@@ -1,11 +1,14 @@
 """What the processes of a run tell each other, here without any of them."""
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
 import jax
 import numpy as np
 import pytest
 
 from ddrl_jax import distributed
-from ddrl_jax.distributed import whole_scores
+from ddrl_jax.distributed import summed, whole_scores
 from ddrl_jax.errors import UserError
 from ddrl_jax.interfaces import Scores
 from ddrl_jax.sharding import AXES, Held, make_mesh, place_batch, place_fetched, to_host
@@ -145,3 +148,50 @@ def test_fetched_records_land_in_their_rows():
     numbers = np.array([5, 3, 3, 9, 0, 1, 5, 7])
     found = place_fetched(mesh, numbers, lambda n: {"x": np.stack([n, n * n], 1)})
     np.testing.assert_array_equal(to_host(found)["x"][:, 1], numbers**2)
+
+
+# ---- what they count
+
+
+class Gathering:
+    """`every` among threads, each of which stands for a process."""
+
+    def __init__(self, count):
+        self.rows, self.count = {}, count
+        self.barrier = threading.Barrier(count, timeout=30)
+
+    def __call__(self, values):
+        self.rows[threading.get_ident()] = np.asarray(values)
+        self.barrier.wait()
+        shapes = {row.shape for row in self.rows.values()}
+        assert len(shapes) == 1, f"gloo would abort: {shapes}"
+        found = np.stack(list(self.rows.values()))
+        if self.barrier.wait() == 0:
+            self.rows.clear()
+        self.barrier.wait()
+        return found
+
+
+COUNTS = {
+    "the same names": [{"a": 1.0, "b": 2.0}, {"a": 10.0, "b": 20.0}],
+    "another order": [{"a": 1.0, "b": 2.0}, {"b": 20.0, "a": 10.0}],
+    "a name that one lacks": [{"a": 11.0}, {"a": 0.0, "b": 22.0}],
+    "long names": [{"a": 11.0, "b": 22.0, "c" * 2000: 1.0}, {"a": 0.0}],
+}
+
+
+@pytest.mark.parametrize("case", COUNTS)
+def test_counters_are_added_up_by_name(case, monkeypatch):
+    counts = COUNTS[case]
+    monkeypatch.setattr(distributed, "every", Gathering(len(counts)))
+    monkeypatch.setattr(distributed.jax, "process_count", lambda: len(counts))
+    with ThreadPoolExecutor(len(counts)) as pool:
+        found = list(pool.map(summed, counts))
+    assert found[0] == found[1]
+    assert {"a": 11.0, "b": 22.0}.items() <= found[0].items()
+
+
+def test_a_process_alone_keeps_its_counters_and_none_are_not_gathered(monkeypatch):
+    assert summed({"b": 1.0, "a": 2.0}) == {"b": 1.0, "a": 2.0}
+    monkeypatch.setattr(distributed.jax, "process_count", lambda: 2)
+    assert summed({}) == {}

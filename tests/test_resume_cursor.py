@@ -81,6 +81,14 @@ def test_a_run_goes_on_with_its_own_data_alone(checkpoints):
         assert start(changed, checkpoints(read_only=True)).epoch == 1
 
 
+def test_a_run_goes_on_with_the_json_of_its_model_alone(program, checkpoints):
+    save_begin(program, checkpoints())
+    other = program._replace(pipeline=program.pipeline._replace(described="v, 0.5"))
+    with pytest.raises(UserError, match="JSON files of the starting model have") as e:
+        start(other, checkpoints())
+    assert "v, 0.5" in e.value.got
+
+
 @pytest.mark.parametrize("wait", [True, False])
 def test_a_save_is_waited_for_unless_the_configuration_says_otherwise(wait):
     called = []

@@ -20,6 +20,7 @@ from jaxtyping import Int
 from ddrl_jax.errors import UserError
 
 SHARD = 512  # rows: 32 MB of SD latents in float16, 120 MB of CLIP texts in float32
+OPEN_MAX = 10_240  # files, where no limit is named: what macOS grants at most
 # Latents are noise to a compressor; one row a chunk makes one row cheap to read.
 _OPTIONS = "group_size:1,uncompressed"
 
@@ -125,8 +126,9 @@ class Table:
 def _allow_files() -> None:
     """Raises the number of files that this process may have open as far as it may."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft != hard:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    most = OPEN_MAX if hard == resource.RLIM_INFINITY else hard
+    if soft != resource.RLIM_INFINITY and soft < most:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
 
 
 def _too_many(folder: Path, e: Exception) -> UserError:

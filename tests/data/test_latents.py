@@ -1,6 +1,8 @@
 """The cache of latents as it is read: any order, ahead of time, and never damaged."""
 
+import resource
 import shutil
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -89,6 +91,27 @@ def test_a_caption_that_is_not_cached_is_an_error(source):
         source.encode(["picture 2", "a dog"])
 
 
+def test_what_is_read_stays_on_the_host(source):
+    """Until a batch is placed: batches that are read ahead would fill one device."""
+    leaves = jax.tree.leaves([source.encode(["picture 2"]), source.fetch(np.arange(2))])
+    assert all(isinstance(leaf, np.ndarray) for leaf in leaves)
+
+
+def test_more_shards_than_open_files_is_no_damage(folder):
+    source = latent_source(folder)
+
+    def refuse(_):
+        raise RuntimeError("open() failed: Too many open files; x.array_record")
+
+    source._latents._records = SimpleNamespace(__getitems__=refuse)
+    with pytest.raises(UserError, match="more shards than this process may") as e:
+        source.fetch(np.array([0]))
+    assert "ulimit -n" in e.value.way_out and "delete" not in e.value.way_out
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    unlimited = resource.RLIM_INFINITY in (soft, hard)
+    assert unlimited or soft == hard  # raised when the table was opened
+
+
 def test_another_fingerprint_is_refused_with_both_values(folder):
     latent_source(folder, {**WEIGHTS, "resolution": 16, "dtype": "float16"})
     with pytest.raises(UserError, match="written with another vae, resolution") as e:
@@ -141,7 +164,6 @@ def test_a_changed_byte_is_an_error_and_never_a_latent(copy, source):
     ahead.announce([np.array([5])])  # also where a thread found it
     with pytest.raises(UserError, match="is damaged"):
         ahead(np.array([5]))
-    ahead.close()
 
 
 def test_captions_of_another_cache_are_noticed(copy):

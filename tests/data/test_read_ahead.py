@@ -122,3 +122,19 @@ def test_of_sparse_rwr_only_what_is_kept_is_read_ahead():
     settled(slow, 4)
     draw_chunks(program, prompts, 0, 1, kept)
     assert slow.threads[:4] == [False] * 3 + [True] and ahead.waits == 3
+
+
+def test_an_ended_run_reads_no_more(monkeypatch):
+    monkeypatch.setattr(read_ahead, "AHEAD", 30)
+    slow, go = Slow(), threading.Event()
+
+    def fetch(records):
+        go.wait(20)
+        return slow(records)
+
+    ahead = ReadAhead(fetch)
+    ahead.announce([np.array([i]) for i in range(40)])
+    ahead.announce(())
+    go.set()
+    settled(slow, read_ahead.READERS)
+    assert len(slow.read) <= read_ahead.READERS  # those that were under way

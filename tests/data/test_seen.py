@@ -4,6 +4,7 @@ import os
 
 import pytest
 
+from ddrl_jax.data import record_table
 from ddrl_jax.data.seen import files_digest, recall, remember
 
 
@@ -61,3 +62,21 @@ def test_a_cache_is_recalled_by_its_whole_key_while_it_is_complete(tmp_path):
     [note] = (tmp_path / "seen").iterdir()
     note.write_text('{"cache"')
     assert recall(tmp_path, key) is None
+
+
+def test_two_runs_may_note_the_same_cache_at_once(tmp_path, monkeypatch):
+    cache, settle, beside = tmp_path / "latents-0", record_table._settle, []
+    cache.mkdir()
+    (cache / "cache.json").write_text("{}")
+
+    def meanwhile(scratch, path):  # another process writes the same line
+        if not beside:
+            beside.append(scratch)
+            monkeypatch.setattr(os, "getpid", lambda: -1)
+            remember(tmp_path, {"data": 1}, cache)
+        settle(scratch, path)
+
+    monkeypatch.setattr(record_table, "_settle", meanwhile)
+    remember(tmp_path, {"data": 1}, cache)
+    assert beside and recall(tmp_path, {"data": 1}) == cache
+    assert [path.suffix for path in (tmp_path / "seen").iterdir()] == [".json"]
