@@ -21,7 +21,7 @@ class _Curve(NamedTuple):
 
 
 _CURVES = (
-    _Curve("Reward (trained)", r"reward/(mean|std|[^/]+/mean)", "of the rollouts"),
+    _Curve("Reward (trained)", r"reward/(mean|[^/]+/mean)", "of the rollouts"),
     _Curve("Trained reward (evaluated)", r"evaluation/.+/mean", "fixed prompts"),
     _Curve("Held-out judge (never trained on)", r"heldout/.+/mean"),
     _Curve("Data loss", r"data/(loss|heldout_loss)", "of the diffusion model itself"),
@@ -84,10 +84,8 @@ def series_of(rows: Rows, keys: str) -> dict[str, tuple[list[int], list[int | fl
 def _draw_curve(curve: _Curve, series: dict[str, tuple[list, list]]) -> bytes:
     figure = Figure(figsize=(5.2, 2.9), layout="constrained")
     axes = figure.add_subplot()
-    spread = {key for key in series if key.endswith("/std")}
     for key, (steps, values) in series.items():
-        if key not in spread:
-            axes.plot(steps, values, marker="." if len(steps) < 40 else "", label=key)
+        axes.plot(steps, values, marker="." if len(steps) < 40 else "", label=key)
     axes.set_title(f"{curve.title} {f'({curve.note})' if curve.note else ''}", size=10)
     if curve.log and all(
         value > 0 for _, values in series.values() for value in values

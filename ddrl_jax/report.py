@@ -245,7 +245,9 @@ def _configuration(config: dict[str, Any]) -> Iterable[str]:
 
 def _machine(starts: Rows) -> Iterable[str]:
     if not starts:
-        yield _missing("No starts.jsonl: machine and command are not known.")
+        yield _missing(
+            "No start of training in starts.jsonl: machine and command are not known."
+        )
         return
     last = dict(starts[-1])
     last.pop("mode", None)  # it is that of training

@@ -218,4 +218,54 @@ def test_without_an_arm_without_an_anchor_there_are_no_bars(tmp_path):
     runs = load(tmp_path, ["ddrl"])
     assert compare.verdicts(runs) == []
     text = compare.write_table(runs, tmp_path / "t.md").read_text()
-    assert "the bars are not computed" in text
+    assert "Not computed: there is no arm without an anchor" in text
+
+
+def bars_of(root, **curves):
+    """The verdicts of these arms, and what the table says of them."""
+    for arm, curve in curves.items():
+        write(root, arm, curve)
+    runs = load(root, curves)
+    text = compare.write_table(runs, root / "t.md").read_text()
+    return compare.verdicts(runs), text.split("## Bars")[1].split("\n## ")[0], text
+
+
+NOT_MEASURED = (None,) * 4
+NO_LOSS = {"loss": NOT_MEASURED}
+BLIND = NO_LOSS | {"retrieval": NOT_MEASURED}
+BASE_ONLY = {"retrieval": (0.6, None, None, None), "loss": (0.2, None, None, None)}
+
+
+@pytest.mark.parametrize(
+    ("ddpo", "ddrl"),
+    [
+        (BLIND, BLIND),
+        (BLIND, NO_LOSS),
+        (BASE_ONLY, {}),
+        ({}, BASE_ONLY),
+        ({}, {"epochs": (0,)}),  # has only begun
+    ],
+)
+def test_a_collapse_that_nobody_could_see_is_not_said_to_be_none(tmp_path, ddpo, ddrl):
+    curves = {"ddpo": shifted(DDPO, **ddpo), "ddrl": shifted(DDRL, **ddrl)}
+    found, bars, text = bars_of(tmp_path, **curves)
+    assert found == []
+    assert "Not computed" in bars and "loss was measured" in bars
+    assert "never" not in bars and "nan" not in text
+
+
+def test_of_an_arm_that_was_not_judged_there_is_no_verdict(tmp_path):
+    curves = {"ddpo": shifted(DDPO, **NO_LOSS), "ddrl": shifted(DDRL, **NO_LOSS)}
+    found, bars, text = bars_of(tmp_path, control=shifted(DDRL, **BLIND), **curves)
+    assert [v.arm for v in found] == ["ddrl"]
+    assert "Neither retrieval nor data loss was measured of data only." in bars
+    assert "| data only |" not in bars and "nan" not in text
+
+
+@pytest.mark.parametrize("lost", ["retrieval", "loss"])
+def test_a_bar_of_which_half_was_measured_has_no_made_up_number(tmp_path, lost):
+    half = {lost: NOT_MEASURED}
+    curves = {"ddpo": shifted(DDPO, **half), "ddrl": shifted(DDRL, **half)}
+    (found,), bars, text = bars_of(tmp_path, **curves)
+    assert (found.anchored, found.kept) == ((True, None), (None, True))[lost == "loss"]
+    assert "not decided" in bars and "nan" not in text

@@ -8,7 +8,7 @@ from PIL import Image
 from synthetic_runs import DDPO, DDRL, EPOCHS, load, two_seeds, write
 
 from ddrl_jax import compare
-from ddrl_jax.compare.figures import cut_pictures, spread_out
+from ddrl_jax.compare.figures import cell_of, cut_pictures, spread_out
 from ddrl_jax.pictures import grid
 
 # ---- the table
@@ -64,6 +64,30 @@ def test_an_unfinished_run_is_said_to_be_so(tmp_path):
     assert "**not finished**: ddpo, seed 0: 12 epochs are left" in text
 
 
+@pytest.mark.parametrize(("limit", "prompts"), [(64, "64"), (0, "all")])
+def test_the_prompts_of_the_evaluation_are_counted_or_all(tmp_path, limit, prompts):
+    write(tmp_path, "ddpo", DDPO, prompts={"limit": limit})
+    text = compare.write_table(load(tmp_path, ["ddpo"]), tmp_path / "t.md").read_text()
+    assert f"evaluation: 128 samples of {prompts} prompts in their order" in text
+
+
+def test_machine_versions_and_dates_are_those_of_training(tmp_path):
+    path = write(tmp_path, "ddpo", DDPO)
+    trained = {"cpu": "a processor", "cores": 2, "devices": "1 x cpu"}
+    trained |= {"versions": {"jax": "9.9.9"}, "date": "2030-01-02 03:04:05 UTC"}
+    starts = [
+        trained,  # before a start said in which mode
+        trained | {"mode": "train", "date": "2030-01-05"},
+        {"mode": "sample", "cpu": "another", "versions": {}, "date": "2031-01-01"},
+    ]
+    (path / "starts.jsonl").write_text("\n".join(map(json.dumps, starts)))
+    table = compare.write_table(load(tmp_path, ["ddpo"]), tmp_path / "t.md")
+    lines = table.read_text().splitlines()
+    assert "- machine: a processor, 2 cores, 1 x cpu" in lines
+    assert "- versions: jax 9.9.9" in lines
+    assert "- dates: 2030-01-02 to 2030-01-05" in lines
+
+
 def test_what_was_not_measured_is_not_made_up(tmp_path):
     path = write(tmp_path, "ddpo", DDPO)
     rows = [json.loads(x) for x in (path / "metrics.jsonl").read_text().split("\n")[:5]]
@@ -91,13 +115,32 @@ def test_labels_move_apart_and_keep_their_order():
 
 
 @pytest.mark.parametrize("count", [1, 3, 8, 16, 19])
-def test_a_sheet_of_pictures_is_taken_apart_as_it_was_made(count):
+@pytest.mark.parametrize(("side", "upscale"), [(6, 2), (32, 4), (129, 1)])
+def test_a_sheet_of_pictures_is_taken_apart_as_it_was_made(count, side, upscale):
     random = np.random.default_rng(count)
-    pictures = random.integers(0, 256, (count, 6, 6, 3), np.uint8)
-    sheet = grid(pictures, min(count, 8), 2, ["."] * count)
-    found, captions = cut_pictures(sheet, 12, count)
-    np.testing.assert_array_equal(found, pictures.repeat(2, 1).repeat(2, 2))
-    assert captions.shape[0] == count and captions.shape[2] == 12
+    pictures = random.integers(0, 256, (count, side, side, 3), np.uint8)
+    sheet = grid(pictures, 8, upscale, ["."] * count)
+    size = side * upscale
+    assert cell_of(sheet.shape, count) == size
+    found, captions = cut_pictures(sheet, size, count)
+    shown = pictures.repeat(upscale, 1).repeat(upscale, 2)
+    np.testing.assert_array_equal(found, shown)
+    assert captions.shape[0] == count and captions.shape[2] == size
+
+
+@pytest.mark.parametrize(
+    ("pictures", "captions", "count"),
+    [
+        ((8, 12, 12, 3), True, 0),
+        ((8, 12, 12, 3), True, 9),  # a row more
+        ((8, 12, 12, 3), True, 7),  # a column less
+        ((8, 12, 12, 3), False, 8),
+        ((8, 12, 16, 3), True, 8),
+    ],
+)
+def test_a_sheet_of_another_geometry_has_no_cell(pictures, captions, count):
+    sheet = grid(np.zeros(pictures, np.uint8), 8, 1, [""] * 8 if captions else None)
+    assert cell_of(sheet.shape, count) is None
 
 
 def test_drawing_writes_curves_and_fronts(tmp_path):
@@ -110,10 +153,15 @@ def test_drawing_writes_curves_and_fronts(tmp_path):
         assert len(np.unique(packed)) > 50
 
 
-def test_the_pictures_are_the_base_and_the_end_of_each_arm(tmp_path):
+MODELS_OWN = {"model": {"image_size": 0}}  # the size is that of the checkpoint
+FEW = {"evaluate": {"pictures": 16, "samples": 3, "steps": 10}}
+
+
+@pytest.mark.parametrize("edits", [{}, MODELS_OWN | FEW], ids=["32", "own"])
+def test_the_pictures_are_the_base_and_the_end_of_each_arm(tmp_path, edits):
     colours = {"ddpo": (255, 0, 0), "ddrl": (0, 0, 255)}
     for arm, curve in (("ddpo", DDPO), ("ddrl", DDRL)):
-        samples = write(tmp_path, arm, curve) / "samples"
+        samples = write(tmp_path, arm, curve, **edits) / "samples"
         samples.mkdir()
         last = curve.get("epochs", EPOCHS)[-1]
         for step, colour in ((0, (0, 255, 0)), (3, (9, 9, 9)), (last, colours[arm])):

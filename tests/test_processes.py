@@ -1,16 +1,13 @@
 """Two and four real processes are one run: same numbers, one end, one voice."""
 
 import json
-import os
 import signal
-import subprocess
 import time
 from pathlib import Path
 
 import pytest
 from process_runs import (
     EPOCHS,
-    ROOT,
     ends,
     epochs_saved,
     free_port,
@@ -22,90 +19,6 @@ from process_runs import (
 )
 
 from ddrl_jax.errors import EXIT_AGAIN
-
-# ---- the launcher
-
-
-def script(*arguments: str, **more: str) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [ROOT / "launch" / "local_processes.sh", *arguments],
-        cwd=ROOT,
-        env=os.environ | more,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-
-
-def test_the_launcher_shows_what_it_would_start():
-    found = script("--dry-run", "2", "3", "--", "--workdir=a b", PORT="77")
-    lines = found.stdout.splitlines()
-    assert found.returncode == 0 and len(lines) == 2
-    for i, line in enumerate(lines):
-        assert line.startswith("JAX_PLATFORMS=cpu JAX_NUM_CPU_DEVICES=3 ")
-        assert "--distributed.coordinator=127.0.0.1:77" in line
-        assert "--distributed.processes=2" in line and r"--workdir=a\ b" in line
-        assert line.endswith(f"--distributed.process={i}")
-
-
-@pytest.mark.parametrize(
-    "arguments", [(), ("2", "1"), ("0", "1", "--", "x"), ("2", "a", "--", "x")]
-)
-def test_the_launcher_explains_itself(arguments):
-    found = script(*arguments)
-    assert found.returncode == 2 and "PROCESSES DEVICES_EACH" in found.stderr
-
-
-STAND_IN = """#!/usr/bin/env bash
-[ "$1" = -c ] && { echo 1; exit; }
-rank=${@: -1}; rank=${rank##*=}
-trap 'echo "told $rank"; exit 0' TERM
-[ "$rank" = "$FAILING" ] && exit 7
-echo "ready $rank"
-for i in $(seq 200); do sleep 0.1; [ "$FAILING" ] && exit 0; done
-"""
-
-
-def test_the_launcher_hands_on_signals_and_statuses(tmp_path):
-    stand_in = tmp_path / "python"
-    stand_in.write_text(STAND_IN)
-    stand_in.chmod(0o755)
-    script_path = ROOT / "launch" / "local_processes.sh"
-    with subprocess.Popen(
-        [script_path, "3", "1", "--", "x"],
-        env=os.environ | {"PYTHON": str(stand_in), "FAILING": ""},
-        stdout=subprocess.PIPE,
-        text=True,
-    ) as child:
-        assert sorted(child.stdout.readline() for _ in range(3))[0] == "ready 0\n"
-        child.terminate()
-        told, _ = child.communicate(timeout=30)
-    assert child.returncode == 0
-    assert sorted(told.split("\n"))[-3:] == ["told 0", "told 1", "told 2"]
-    assert (
-        script("3", "1", "--", "x", PYTHON=str(stand_in), FAILING="1").returncode == 7
-    )
-
-
-def test_a_process_that_ends_while_its_signal_is_handed_on_has_its_own_status(tmp_path):
-    stand_in = tmp_path / "python"
-    stand_in.write_text(STAND_IN)
-    stand_in.chmod(0o755)
-    # The launcher's kill returns when the process it has told is long gone.
-    slow = '() { builtin kill "$@"; local status=$?; sleep 1; return $status; }'
-    more = {"PYTHON": str(stand_in), "FAILING": "", "BASH_FUNC_kill%%": slow}
-    with subprocess.Popen(
-        [ROOT / "launch" / "local_processes.sh", "1", "1", "--", "x"],
-        env=os.environ | more,
-        stdout=subprocess.PIPE,
-        text=True,
-    ) as child:
-        assert child.stdout.readline() == "ready 0\n"
-        child.terminate()
-        told, _ = child.communicate(timeout=30)
-    assert told == "told 0\n" and child.returncode == 0
-
 
 # ---- real processes
 

@@ -1,5 +1,7 @@
-"""The README is true: its snippets run, and what it names exists."""
+"""The README and the headers are true: snippets run, and what is named exists."""
 
+import fnmatch
+import importlib
 import json
 import pathlib
 import re
@@ -209,3 +211,36 @@ def test_the_places_it_sends_a_new_name_to_exist():
     for table in ("PIPELINES", "SOURCES"):
         assert f"`{table}`" in README
         assert isinstance(getattr(pipelines, table), dict)
+
+
+# ---- the headers of the configurations, to which --help sends a reader
+
+CONFIGS = {
+    path.stem: importlib.import_module(f"configs.{path.stem}")
+    for path in sorted((ROOT / "configs").glob("*.py"))
+}
+
+
+def _header(name: str) -> str:
+    """That of the file, and of the one in which it says that its variants are."""
+    text = CONFIGS[name].__doc__
+    other = re.search(r"ariants\s+and\s+what\s+they\s+set:\s+configs/(\w+)\.py", text)
+    return text + (_header(other[1]) if other else "")
+
+
+@pytest.mark.parametrize(
+    "name", [n for n in CONFIGS if hasattr(CONFIGS[n], "get_config")]
+)
+def test_a_header_lists_the_variants_of_its_file(name, monkeypatch):
+    known = []
+    for module in CONFIGS.values():
+        if hasattr(module, "check_variant"):
+            monkeypatch.setattr(module, "check_variant", lambda _, k: known.extend(k))
+    CONFIGS[name].get_config()
+    text = _header(name)
+    assert "`--config=FILE:smoke`" in base.__doc__  # it is that of every file
+    words = {word for variant in known for word in variant.split("-")} - {"smoke"}
+    patterns = re.findall(r"\w+_\*", text)
+    named = set(re.findall(r"\w+", text))
+    named |= {w for w in words if any(fnmatch.fnmatch(w, p) for p in patterns)}
+    assert words - named == set()

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from ddrl_jax import curves
 from ddrl_jax.errors import UserError
 from ddrl_jax.pictures import before_after, grid, save_png
 from ddrl_jax.report import write_report
@@ -142,6 +143,30 @@ def test_every_kind_of_curve_that_has_values_is_drawn(run):
     }
 
 
+def test_curves_of_one_panel_have_one_unit(monkeypatch):
+    wanted = {
+        "Reward (trained)": {"reward/mean", "reward/vlm/mean"},
+        "Trained reward (evaluated)": {"evaluation/vlm/mean"},
+        "Held-out judge (never trained on)": {"heldout/retrieval/mean"},
+        "Share of samples with a score": {
+            *("reward/valid", "evaluation/vlm/valid", "heldout/retrieval/valid")
+        },
+        "Samples without a score": {"reward/not_finite", "reward/vlm/missing"},
+        "Clipped share of the policy term": {"policy/clip_fraction"},
+        "KL to the policy of the rollout": {"policy/approx_kl"},
+    }
+    keys = {*set().union(*wanted.values()), "reward/vlm/retries"}  # a counter: no curve
+    found = {}
+
+    def note(curve, series):
+        found[curve.title] = set(series)
+        return b""
+
+    monkeypatch.setattr(curves, "_draw_curve", note)
+    curves.curves([{"step": 1} | dict.fromkeys(keys, 0.5)])
+    assert found == wanted
+
+
 def test_what_a_run_lacks_is_named(tmp_path):
     (tmp_path / "config.json").write_text('{"train": {"epochs": 30}}')
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "reward/mean": 2}\n{"st')
@@ -198,6 +223,19 @@ def test_a_line_that_no_run_writes_still_gives_a_page(line, broken, run):
             file.write(json.dumps(line) + "\n")
     text = Page(write_report(run)).text
     assert text.count("jsonl: 1 unreadable lines") == 2 * broken
+
+
+def test_machine_and_command_are_those_of_training(run):
+    trained = START | {"mode": "train", "command": "python -m ddrl_jax.main again"}
+    sampled = {"mode": "sample", "cpu": "another", "versions": {"jax": "0.0.1"}}
+    with (run / "starts.jsonl").open("a") as file:
+        print(json.dumps(trained), file=file)
+        print(json.dumps(sampled | {"command": "--mode=sample"}), file=file)
+    text = Page(write_report(run)).text
+    for part in (trained["command"], "9.9.9", "a fine processor"):
+        assert part in text
+    for part in (START["command"], "--mode=sample", "another", "0.0.1", "\nmode\n"):
+        assert part not in text
 
 
 def test_versions_that_are_none_still_give_a_page(run):

@@ -1,12 +1,14 @@
 """--mode=sample, export and evaluate: a run as data, as weights, and judged again."""
 
+import json
+
 import jax
 import numpy as np
 import pytest
 from edited_config import configured
 from tiny_runs import TINY, WORDS, perturbed, perturbed_state
 
-from ddrl_jax import evaluate
+from ddrl_jax import evaluate, sample
 from ddrl_jax.checkpoint import Checkpoints
 from ddrl_jax.data.emoji import read_emoji
 from ddrl_jax.errors import UserError
@@ -113,6 +115,67 @@ def test_the_newest_checkpoint_is_sampled(sampled, tmp_path):
     images = read_emoji(tmp_path / "dataset")[0].astype(int)
     assert np.abs(images - read_emoji(sampled / "dataset")[0]).max() > 20
     assert program.pipeline.fingerprint == "random" and int(state.step) == 0
+
+
+def test_sampling_leaves_a_run_as_it_is(tmp_path, capfd):
+    save_epoch(settings(), tmp_path, 0.05)
+    config = (tmp_path / "config.json").read_bytes()
+    (tmp_path / ".dataset.part" / "samples").mkdir(parents=True)  # of a killed one
+    capfd.readouterr()
+    sample_mode(settings(train__epochs=settings().train.epochs + 1), str(tmp_path))
+    said = f"10 samples of 2 prompts: {tmp_path / 'dataset'}\n"
+    assert capfd.readouterr().out == said
+    assert (tmp_path / "config.json").read_bytes() == config
+    starts = map(json.loads, (tmp_path / "starts.jsonl").read_text().splitlines())
+    assert [start["mode"] for start in starts] == ["train", "sample"]
+    assert not (tmp_path / ".dataset.part").exists()
+
+
+def black(finite):
+    """A sampler of black pictures; of each batch, which of them are finite."""
+    batches = iter(finite)
+
+    def make(program, *_):
+        pictures = np.zeros((program.chunk, 16, 16, 3), np.uint8)
+        return lambda *_: (pictures, np.array(next(batches), bool))
+
+    return make
+
+
+def test_the_embeddings_are_placed_a_batch_at_a_time(tmp_path, monkeypatch):
+    placed, seen = [], []
+
+    def counted(*arguments):
+        for part in evaluate.chunks_of(*arguments):
+            placed.append(part)
+            yield part
+
+    def written(_, batches):
+        return sum(seen.append(len(placed)) or len(images) for images, _ in batches)
+
+    monkeypatch.setattr(sample, "chunks_of", counted)
+    monkeypatch.setattr(sample, "write_samples", written)
+    monkeypatch.setattr(sample, "make_sampler", black([[1] * 4] * 3))
+    sample_mode(settings(), str(tmp_path))
+    assert seen == [1, 2, 3]
+
+
+def test_samples_that_are_no_pictures_are_told_by_their_prompts(tmp_path, monkeypatch):
+    # The second batch is a fifth cat and three dogs.
+    broken = black([[1, 1, 1, 1], [0, 1, 0, 1]])
+    monkeypatch.setattr(sample, "make_sampler", broken)
+    with pytest.raises(UserError, match="NaN or infinite") as error:
+        sample_mode(settings(), str(tmp_path))
+    assert error.value.got == "2 of a batch, of the prompts 'cat', 'dog'"
+    assert "config.sample.steps" in error.value.way_out
+    assert "rewards.on_failure" not in str(error.value)
+    left = {path.name for path in tmp_path.iterdir()}
+    assert not {"dataset", ".dataset.part"} & left
+    # Of the last batch only the first two are samples: the others fill it up.
+    broken = black([[1] * 4, [1] * 4, [1, 1, 0, 0]])
+    monkeypatch.setattr(sample, "make_sampler", broken)
+    sample_mode(settings(), str(tmp_path))
+    assert len(read_emoji(tmp_path / "dataset")[0]) == 10
 
 
 # ---- weights of the policy

@@ -12,8 +12,10 @@ from PIL import Image
 from tiny_runs import DIFFUSION, perturbed, perturbed_state
 
 from ddrl_jax.evaluate import make_sampler
+from ddrl_jax.models.stable_diffusion import TINY, stable_diffusion_pipeline
 from ddrl_jax.program import build
 from ddrl_jax.self_test import ratio_deviations
+from ddrl_jax.sources import make_source
 
 
 def make(**edits):
@@ -101,6 +103,40 @@ def test_a_data_term_on_a_folder_with_captions_of_its_own(tmp_path):
     jax.tree.map(np.testing.assert_array_equal, again.fetch(records), fetched)
 
 
+MODELS = {  # of whose latents the first two share a cache
+    "shipped": ("", {}, "float32"),
+    "written anew": ("vae/config.json", {"_diffusers_version": "0.6.0"}, "float32"),
+    "in half": ("", {}, "bfloat16"),
+    "scaled": ("vae/config.json", {"scaling_factor": 0.13025}, "float32"),
+}
+
+
+def model_with(folder: Path, path: str, changes: dict) -> str:
+    """A copy of the shipped model with some values of a JSON file changed."""
+    shutil.copytree(TINY, folder)
+    if path:
+        content = json.loads((folder / path).read_text())
+        (folder / path).write_text(json.dumps(content | changes))
+    return str(folder)
+
+
+def test_a_cache_belongs_to_the_networks_that_wrote_it(tmp_path):
+    """The weights of all four are the same bytes."""
+    pictures, caches = write_pictures(tmp_path / "pictures", 2), tmp_path / "cache"
+    data = {"data.path": str(pictures), "data.cache": str(caches)}
+    data |= {"data.source": "folder", "data.cache_batch": 2}
+    names = []
+    for i, (path, changes, dtype) in enumerate(MODELS.values()):
+        init = model_with(tmp_path / str(i), path, changes)
+        edits = {"model.init": init, "model.vae_dtype": dtype}
+        config = configured(DIFFUSION | data | edits)
+        source = make_source(config, stable_diffusion_pipeline(config))
+        assert source is not None
+        names.append(source.digest)
+    assert names[0] == names[1] and len(set(names)) == 3
+    assert {path.name for path in caches.glob("latents-*")} == set(names)
+
+
 @pytest.mark.slow
 def test_samples_of_the_base_model_are_data_under_their_prompts(tmp_path):
     from ddrl_jax.sample import sample_mode
@@ -137,8 +173,8 @@ def test_the_lora_export_needs_no_base_in_it(tmp_path):
         tensors[f"{name}.lora_A.weight"], block["to_q"]["a"].T
     )
     np.testing.assert_array_equal(
-        tensors[f"{name}.lora_B.weight"], block["to_q"]["b"].T
-    )
+        tensors[f"{name}.lora_B.weight"], 2.0 * block["to_q"]["b"].T
+    )  # alpha / rank is in it
     leaves = jax.tree.leaves(lora)
     assert sum(t.size for t in tensors.values()) == sum(leaf.size for leaf in leaves)
 
@@ -170,11 +206,7 @@ def test_what_is_refused_before_a_weight_is_read(edits, word):
 )
 def test_a_model_that_can_not_be_honoured_names_the_key(tmp_path, path, value, word):
     from ddrl_jax.errors import UserError
-    from ddrl_jax.models.stable_diffusion import TINY as FOLDER
 
-    folder = tmp_path / "model"
-    shutil.copytree(FOLDER, folder)
-    config = json.loads((folder / path).read_text())
-    (folder / path).write_text(json.dumps(config | value))
+    folder = model_with(tmp_path / "model", path, value)
     with pytest.raises(UserError, match=word):
-        build(configured(DIFFUSION | {"model.init": str(folder)}))
+        build(configured(DIFFUSION | {"model.init": folder}))

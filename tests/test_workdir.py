@@ -51,6 +51,31 @@ def test_another_config_is_refused_with_every_differing_key(tmp_path):
     start(tmp_path)  # the refusal has let go of the lock
 
 
+def open_to_sample(path: Path, **changes) -> None:
+    config = get_config()
+    config.update_from_flattened_dict(changes)
+    open_workdir(path, config, mode="sample").close()
+
+
+def test_another_mode_leaves_the_config_of_a_run_as_it_is(tmp_path):
+    start(tmp_path)
+    before = (tmp_path / "config.json").read_bytes()
+    open_to_sample(tmp_path, **{"train.epochs": 31, "sample.per_prompt": 9})
+    with pytest.raises(UserError) as error:
+        open_to_sample(tmp_path, **{"seed": 7, "sample.steps": 9})
+    assert error.value.got == "seed: 0 there, 7 here"
+    assert (tmp_path / "config.json").read_bytes() == before
+    starts = map(json.loads, (tmp_path / "starts.jsonl").read_text().splitlines())
+    assert [line["mode"] for line in starts] == ["train", "sample"]
+    start(tmp_path, **{"train.epochs": 31})  # training may still go on for longer
+
+
+def test_another_mode_writes_the_config_where_no_run_has_begun(tmp_path):
+    for seed in (3, 7):
+        open_to_sample(tmp_path, seed=seed)
+        assert json.loads((tmp_path / "config.json").read_text())["seed"] == seed
+
+
 @pytest.mark.parametrize("left", ["nothing", "no line", "a line", "a checkpoint"])
 def test_a_start_that_came_to_nothing_binds_no_later_one(left, tmp_path, capsys):
     """Its prompts, data or judges were refused: the command may be mended."""

@@ -59,9 +59,12 @@ def first_collapse(run: Run) -> int | None:
 
 
 def judged(run: Run) -> bool:
-    """Whether a collapse would be seen: retrieval or held-out data loss is there."""
-    seen = (np.isfinite(run.values[name]).any() for name in ("retrieval", "data_loss"))
-    return any(map(bool, seen))
+    """Whether a collapse would be seen: retrieval or held-out data loss is there.
+
+    That of the base alone, before any training, says nothing.
+    """
+    names = ("retrieval", "data_loss")
+    return any(bool(np.isfinite(run.relative(name)[1:]).any()) for name in names)
 
 
 def verdicts(runs: Runs) -> list[Verdict]:

@@ -144,13 +144,13 @@ def _bars(runs: Runs, summaries: Mapping[str, Summary]) -> Iterator[str]:
     )
     yield "|---" * 11 + "|"
     for v in found:
-        other = "not reached" if v.reference is None else f"{v.reference:.1%}"
-        ratio = f"{v.retrieval / v.reference:.2f}" if v.reference else "-"
+        other = "not reached" if v.reference is None else _known(v.reference, ".1%")
+        ratio = _known(v.retrieval / v.reference, ".2f") if v.reference else "-"
         horizon = f"{v.horizon:,}" if v.horizon else "an unknown number"
         cells = (
             summaries[v.arm].label, f"{v.calls:,} of {horizon}", _calls(v.collapsed),
-            f"{v.data_loss - 1:+.0%}", _word(v.anchored), f"{v.fall:.1%}",
-            f"{v.retrieval:.1%}", other, ratio, f"{v.seeds_above} of {v.seeds}",
+            _known(v.data_loss - 1, "+.0%"), _word(v.anchored), f"{v.fall:.1%}",
+            _known(v.retrieval, ".1%"), other, ratio, f"{v.seeds_above} of {v.seeds}",
             _word(v.kept),
         )  # fmt: skip
         yield f"| {' | '.join(cells)} |"
@@ -233,10 +233,14 @@ def _titles() -> str:
 def _spread(name: str, mean: float, low: float, high: float) -> str:
     """ "5.71 (5.60 to 5.83)" with the digits that a metric deserves."""
     form = {"kilobytes": ".2f", "retrieval": ".1%"}.get(name, ".3f")
-    if np.isnan(mean):
-        return "not known"
-    one = f"{mean:{form}}"
-    return one if low == high else f"{one} ({low:{form}} to {high:{form}})"
+    one = _known(mean, form)
+    if np.isnan(mean) or low == high:
+        return one
+    return f"{one} ({low:{form}} to {high:{form}})"
+
+
+def _known(value: float, form: str) -> str:
+    return "not known" if np.isnan(value) else f"{value:{form}}"
 
 
 def _reached(values: Sequence[float], seeds: int) -> str:

@@ -146,7 +146,12 @@ def _read(cls: type[T], tower: str, given: Mapping[str, Any]) -> T:
         # that wins.
         early = given.get(f"{tower}_config_dict")
         given = given[f"{tower}_config"] if early is None else early
-    projected = bool(set(WITH_PROJECTION) & set(given.get("architectures") or ()))
+    if not isinstance(given, Mapping):
+        refuse(what, [f"{tower}_config = {given!r} (an object)"])
+    made_by = given.get("architectures") or ()
+    if not isinstance(made_by, list | tuple):
+        refuse(what, [f"architectures = {made_by!r} (a list)"])
+    projected = any(name in made_by for name in WITH_PROJECTION)
     given = {**given, "with_projection": projected}
     only = {"model_type": (f"clip_{tower}_model", "clip"), **_ONLY}
     config = read_config(cls, what, given, only=only, ignored=IGNORED_KEYS)

@@ -250,7 +250,7 @@ def _write_index(source: Path, target: Path) -> None:
     index = read_json(source / INDEX)
     pairs = {name for name, value in index.items() if isinstance(value, list)}
     gone = {name for name in pairs if not _is_whole(source / name, target / name)}
-    if lost := sorted(gone.intersection(NEEDED)):
+    if lost := [n for n in NEEDED if not _is_whole(source / n, target / n)]:
         raise UserError(
             f"a copy of {source} would lack components",
             got=f"no weights or no files of {', '.join(lost)} that can be copied",

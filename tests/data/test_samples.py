@@ -63,7 +63,22 @@ def test_leaves_nothing_beside_it(folder):
     assert [p.name for p in folder.parent.iterdir()] == ["set"]
 
 
-def test_a_failure_leaves_nothing_and_can_be_tried_again(tmp_path):
+@pytest.fixture
+def killed(tmp_path):
+    """What a kill has left of an earlier writing of tmp_path / "set"."""
+    part = tmp_path / ".set.part" / "samples" / "1.0.0.incompleteXY"
+    part.mkdir(parents=True)
+    (part / "samples-train.array_record").write_bytes(b"half")
+
+
+def test_what_a_kill_has_left_is_cleared(tmp_path, killed, capsys):
+    assert write_samples(tmp_path / "set", batches()) == 7
+    assert [p.name for p in tmp_path.iterdir()] == ["set"]
+    assert read_emoji(tmp_path / "set")[1] == CAPTIONS
+    assert capsys.readouterr().out == ""  # TFDS would name the scratch folder
+
+
+def test_a_failure_leaves_nothing_and_can_be_tried_again(tmp_path, killed):
     def broken():
         yield IMAGES[:4], CAPTIONS[:4]
         raise RuntimeError("the sampler failed")

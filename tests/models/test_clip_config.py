@@ -141,6 +141,28 @@ def test_refused(config, key):
     assert "CLIP" in str(error.value) and "way out" in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("config", "half"),
+    [(ClipTextConfig, "text_config"), (ClipVisionConfig, "vision_config")],
+)
+def test_a_half_that_is_null_is_one_message(config, half):
+    """It is no half: the file is held against a lone tower, which has no such key."""
+    given = {half: None, "hidden_size": 12, "num_attention_heads": 3}
+    with pytest.raises(UserError, match=f"{half} = None") as error:
+        config.from_json(given)
+    assert "hidden_size" not in error.value.got
+
+
+@pytest.mark.parametrize("config", [ClipTextConfig, ClipConfig])
+@pytest.mark.parametrize("given", [
+    {"text_config": "x"}, {"text_config": ["x"]},
+    {"text_config": {"architectures": 3}},
+], ids=str)  # fmt: skip
+def test_values_of_another_kind_are_one_message(config, given):
+    with pytest.raises(UserError, match="text_config = |architectures = 3"):
+        config.from_json(given)
+
+
 def test_refused_of_one_tower_or_the_pair():
     with pytest.raises(UserError, match="eos_token_id"):
         ClipTextConfig.from_json({"eos_token_id": [1, 2]})

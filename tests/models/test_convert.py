@@ -106,6 +106,8 @@ def test_written_arrays_are_contiguous():
         ({"a.strange.weight": 1, "a.fc1.weight": 2}, "a.strange.weight"),
         ({f"a.b{i}.weight": 1 for i in range(13)}, "and 3 more"),
         ({f"encoder.layers.{i}.fc1.weight": 2 for i in (0, 2)}, "of block 1"),
+        ({"a.fc1.weight": 1}, r"matrices or kernels.*\n.*a\.fc1\.weight \(2,\)"),
+        ({"a.conv1.weight": 3}, r"a\.conv1\.weight \(2, 2, 2\)"),
     ],
 )
 def test_tensors_without_a_place_are_listed(tensors, named):

@@ -1,5 +1,7 @@
 """The embedded pipeline: words in, pixels out, weights in a file."""
 
+import errno
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -85,6 +87,24 @@ def test_weights_come_back_from_a_file(tmp_path):
         assert a.dtype == np.float32
     with np.load(path) as file:
         assert {file[name].dtype for name in file.files} == {np.dtype("float16")}
+
+
+@pytest.mark.parametrize("before", [None, b"earlier weights"])
+def test_weights_are_written_whole_or_not_at_all(tmp_path, monkeypatch, before):
+    path = tmp_path / "w.npz"
+    if before is not None:
+        path.write_bytes(before)
+    write = np.savez_compressed
+
+    def torn(file, **arrays):
+        write(file, **{"b": arrays["b"]})
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(np, "savez_compressed", torn)
+    with pytest.raises(OSError, match="No space left"):
+        write_params(path, PARAMS)
+    left = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+    assert left == ({} if before is None else {"w.npz": before})
 
 
 @pytest.mark.parametrize("content", [None, b"", b"PK\x03\x04 torn", b"no archive"])

@@ -1,6 +1,7 @@
 """What we write, diffusers loads and computes the same with."""
 
 import copy
+import inspect
 import json
 import shutil
 from types import SimpleNamespace
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 import tiny_sd
 
+from configs import base
 from ddrl_jax.errors import UserError
 from ddrl_jax.models.convert import to_torch_names
 from ddrl_jax.models.export_diffusers import LORA_FILE, write_lora, write_pipeline
@@ -246,22 +248,22 @@ def peft_scale(metadata):
     return metadata["unet.lora_alpha"] / metadata["unet.r"]
 
 
-@pytest.mark.parametrize("bake_alpha", [False, True])
+@pytest.mark.parametrize("options", [{}, {"bake_alpha": True}, {"bake_alpha": False}])
 def test_a_lora_file_means_the_same_to_diffusers(
-    original, pipeline, trained, inputs, tmp_path, bake_alpha
+    original, pipeline, trained, inputs, tmp_path, options
 ):
     """Read by diffusers' own reader; merged by peft's W + (lora_alpha / r) B A."""
     import torch
 
     params, lora = pipeline.load(), trained[1]
-    write_lora(tmp_path, lora, CONFIG, bake_alpha)
+    write_lora(tmp_path, lora, CONFIG, **options)
     unet = copy.deepcopy(original.unet)
     state, alphas, metadata = original.lora_state_dict(
         str(tmp_path), weight_name=LORA_FILE, return_lora_metadata=True
     )
     assert not alphas
     scale = peft_scale(metadata)
-    assert scale == (1.0 if bake_alpha else ALPHA / RANK)
+    assert scale == (1.0 if options.get("bake_alpha", True) else ALPHA / RANK)
     modules = dict(unet.named_modules())
     targets = metadata["unet.target_modules"]
     assert len(state) == 2 * len(targets)
@@ -285,14 +287,20 @@ def test_diffusers_loads_the_lora_itself(source, pipeline, trained, inputs, tmp_
     assert relative(found, expected) < TOLERANCE
 
 
-def test_the_header_of_a_lora_is_what_peft_takes(trained, tmp_path):
+def test_alpha_is_baked_in_unless_a_config_says_otherwise():
+    default = inspect.signature(write_lora).parameters["bake_alpha"].default
+    assert default is base.get_config().export.bake_alpha is True
+
+
+@pytest.mark.parametrize(("bake_alpha", "alpha"), [(True, RANK), (False, ALPHA)])
+def test_the_header_of_a_lora_is_what_peft_takes(trained, tmp_path, bake_alpha, alpha):
     from safetensors import safe_open
 
-    file = write_lora(tmp_path / "cats.safetensors", trained[1], CONFIG)
+    file = write_lora(tmp_path / "cats.safetensors", trained[1], CONFIG, bake_alpha)
     with safe_open(file, framework="numpy") as content:
         header = json.loads(content.metadata()["lora_adapter_metadata"])
         names = set(content.keys())
-    assert (header["unet.r"], header["unet.lora_alpha"]) == (RANK, ALPHA)
+    assert (header["unet.r"], header["unet.lora_alpha"]) == (RANK, alpha)
     module = "down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_out.0"
     assert module in header["unet.target_modules"]
     assert f"unet.{module}.lora_A.weight" in names

@@ -99,7 +99,10 @@ def test_a_tensor_that_no_shard_holds_is_named(unet):
     assert "no shard holds b" in refusal(read_tensors, unet)
 
 
-@pytest.mark.parametrize("content", ["{", "[1]", '{"weight_map": 3}', "{}"])
+@pytest.mark.parametrize(
+    "content",
+    ["{", "[1]", '{"weight_map": 3}', "{}", '{"weight_map": {"a": ["a.safetensors"]}}'],
+)
 def test_a_damaged_index_is_refused(unet, content):
     _, index = shard(unet)
     index.write_text(content)

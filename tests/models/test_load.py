@@ -213,12 +213,26 @@ def test_a_size_without_a_latent_is_refused(folder):
 
 @pytest.mark.parametrize(
     ("changes", "wanted"),
-    [({}, "eps"), ({"prediction_type": "v_prediction"}, "v"), ({"order": 2}, "eps")],
+    [
+        ({}, "eps"),
+        ({"prediction_type": "v_prediction"}, "v"),
+        ({"order": 2}, "eps"),
+        ({"steps_offset": 0}, "eps"),
+        ({"clip_sample": True}, "eps"),
+    ],
 )
 def test_schedules_of_stable_diffusion_are_read(tmp_path, changes, wanted):
     path = tmp_path / "scheduler_config.json"
     path.write_text(json.dumps(SD1 | changes))
     assert read_prediction(path) == wanted
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # of what diffusers repairs
+def test_diffusers_repairs_the_schedules_of_early_files_as_we_do():
+    pytest.importorskip("torch")
+    early = {"steps_offset": 0, "clip_sample": True}
+    repaired = tiny_sd.make_pipeline(betas=early).scheduler.config
+    assert (repaired.steps_offset, repaired.clip_sample) == (1, False)
 
 
 @pytest.mark.parametrize(
@@ -229,9 +243,8 @@ def test_schedules_of_stable_diffusion_are_read(tmp_path, changes, wanted):
         ("beta_end", 0.02),
         ("num_train_timesteps", 500),
         ("trained_betas", [0.1]),
-        ("steps_offset", 0),
+        ("steps_offset", 2),
         ("set_alpha_to_one", True),
-        ("clip_sample", True),
         ("rescale_betas_zero_snr", True),
         ("timestep_spacing", "trailing"),
         ("prediction_type", "sample"),
