@@ -44,6 +44,7 @@ runtime=${OPTION[runtime]:-$runtime}
 archive=/tmp/ddrl_jax-$name.tar.gz
 pause=${POLL_SECONDS:-30}
 tries=${SSH_TRIES:-20}
+requests=${REQUEST_TRIES:-120}
 queue=(gcloud compute tpus queued-resources)
 node=(gcloud compute tpus tpu-vm)
 program=(--platform=tpu "${PROGRAM[@]}")
@@ -223,12 +224,31 @@ if [[ -n ${OPTION[dry-run]:-} ]]; then
   exit 0
 fi
 
-for ((attempt = 1; attempt <= ${OPTION[attempts]:-20}; attempt++)); do
+# A request that was refused (quota, an error of the service) or came to nothing uses up no
+# slice, and is repeated after a while.
+not_granted() {
+  refused=$((refused + 1))
+  ((refused < requests)) || fail "$requests requests in turn were not granted"
+  echo "$name: was not granted; asking again" >&2
+  sleep "$pause"
+}
+
+attempts=${OPTION[attempts]:-20} lost=0 refused=0
+while ((lost < attempts)); do
   look_at_slice
-  [[ $STATE != ABSENT ]] || request || echo "$name: was not granted" >&2
-  if await; then use_slice; fi
-  echo "$name: the slice is gone (attempt $attempt); asking for another" >&2
+  if [[ $STATE == ABSENT ]] && ! request; then
+    not_granted
+    continue
+  fi
+  if await; then
+    refused=0
+    use_slice
+    lost=$((lost + 1))
+    echo "$name: the slice is gone ($lost of $attempts); asking for another" >&2
+  else
+    not_granted
+  fi
   look_at_slice
   [[ $STATE == ABSENT ]] || delete || echo "$name: could not be deleted yet" >&2
 done
-fail "--attempts=${OPTION[attempts]:-20} slices were lost"
+fail "--attempts=$attempts slices were lost"

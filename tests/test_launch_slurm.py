@@ -20,10 +20,10 @@ sys.exit({status})
 
 
 @pytest.mark.parametrize(
-    "status, state, before, requeued",
+    "status, state, killed, requeued",
     [
         (143, "RUNNING", 0, True),
-        (143, "RUNNING", 99, True),
+        (143, "RUNNING", 20, True),
         (143, "CANCELLED", 0, False),
         (EXIT_AGAIN, "RUNNING", 0, True),
         (EXIT_AGAIN, "RUNNING", 19, True),
@@ -37,16 +37,21 @@ sys.exit({status})
     ],
 )
 def test_slurm_requeues_what_was_told_of_its_limit_or_lost_a_task(
-    status, state, before, requeued, machine
+    status, state, killed, requeued, machine
 ):
     machine.add("srun", SRUN.format(status=status))
     machine.add("squeue", f"print({state!r})")
     machine.add("scontrol")
     given = {"SLURM_JOB_ID": "42", "SLURM_CPUS_PER_TASK": "8"}
-    given |= {"SLURM_RESTART_COUNT": str(before)} if before else {}
+    given |= {"SLURM_JOB_NAME": "mine", "SLURM_RESTART_COUNT": "99"}  # of notices too
+    record = machine.folder / "mine-42.killed"
+    if killed:
+        record.write_text("137\n" * killed)
     result = machine.run("slurm.sbatch", *PROGRAM, **given)
     assert result.returncode == status
     start = ["srun", "--kill-on-bad-exit=0", "bash", "launch/run.sh", "--platform=gpu"]
     assert machine.calls[0] == [*start, *PROGRAM]
     assert machine.calls[1] == ["SRUN_CPUS_PER_TASK", "8"]
     assert (["scontrol", "requeue", "42"] in machine.calls) == requeued
+    lines = record.read_text().splitlines() if record.exists() else []
+    assert len(lines) == killed + (status in (EXIT_AGAIN, 137))

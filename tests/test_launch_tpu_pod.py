@@ -18,7 +18,11 @@ def complain(text, code=1):
     print(text, file=sys.stderr)
     sys.exit(code)
 if "create" in sys.argv:
-    state.write_text("ACTIVE")
+    tries = sum("create" in json.loads(line) for line in open(note))
+    outcome = (os.environ.get("GRANTS", "").split() + ["ACTIVE"] * tries)[tries - 1]
+    if outcome == "refused":
+        complain("ERROR: RESOURCE_EXHAUSTED: Quota limit 'TPUs' has been exceeded")
+    state.write_text(outcome)
 if "delete" in sys.argv:
     if os.environ.get("UNDELETABLE") and not ended.exists():
         ended.write_text("")
@@ -132,6 +136,21 @@ def test_it_gives_up_after_the_attempts(machine):
     assert result.returncode == 2
     assert "2 slices were lost" in result.stderr
     assert _verbs(machine).count("start") == 2
+
+
+@pytest.mark.parametrize("grants", ["refused refused refused", "FAILED FAILED"])
+def test_what_was_not_granted_uses_up_no_slice(grants, machine):
+    result = _start(machine, "preempted 0", "--attempts=2", GRANTS=grants)
+    assert result.returncode == 0, result.stderr
+    assert result.stderr.count("was not granted") == len(grants.split())
+    assert _verbs(machine).count("start") == 2
+
+
+def test_requests_that_are_never_granted_have_an_end(machine):
+    result = _start(machine, "0", GRANTS="refused " * 9, REQUEST_TRIES="3")
+    assert result.returncode == 2
+    assert "3 requests in turn were not granted" in result.stderr
+    assert _verbs(machine) == ["create"] * 3
 
 
 def test_an_answer_that_does_not_come_is_waited_for(machine):

@@ -53,6 +53,17 @@ def test_bytes_counts_and_axes_by_hand(groups):
     assert permute.axes == ("fsdp",) and permute.bytes == 7 * 4
 
 
+@pytest.mark.parametrize("handles", ["", ", u32[]{:S(2)}, u32[]{:S(2)}"])
+def test_an_async_permute_sends_its_result_and_no_handle(handles):
+    shape = "f32[1,32,256]{2,1,0}"
+    line = (
+        f"%a = ({shape}, {shape}{handles}) collective-permute-start(%x), "
+        "source_target_pairs={{0,1},{1,2},{2,3},{3,0}}"
+    )
+    (found,) = collectives(f"ENTRY %main (p: f32[8]) -> f32[8] {{\n  {line}\n}}", MESH)
+    assert found.axes == ("fsdp",) and found.bytes == 32 * 256 * 4
+
+
 def test_a_loop_of_unknown_length_is_an_error():
     text = PROGRAM.replace("GROUPS", FSDP[0]).replace('"known_trip_count"', '"other"')
     with pytest.raises(ValueError, match="unknown length"):

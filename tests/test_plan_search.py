@@ -1,13 +1,16 @@
 """The search for a mesh: what it guesses, and what it compiles again."""
 
 import pytest
+from edited_config import configured
 from planned_runs import ONE, made, stable_diffusion, tiny, with_memory
 
 from ddrl_jax import plan
+from ddrl_jax.chips import CHIPS
 from ddrl_jax.plan import search
 from ddrl_jax.plan.lowered import describe
 from ddrl_jax.plan.memory import MARGIN, resident
-from ddrl_jax.plan.search import LEAST, LIKE_WEIGHTS, Shown, suggest
+from ddrl_jax.plan.search import LEAST, LIKE_WEIGHTS, Shown, suggest, suitable
+from ddrl_jax.plan.target import Target
 
 
 def shown(plan, temporaries=10**6) -> Shown:
@@ -103,3 +106,35 @@ def test_the_command_names_once_what_does_not_divide(monkeypatch, capsys):
     assert "suggestion: " in told.out
     assert told.err.count("whole on every device") == 1
     assert "mlp 66 over tensor 4" in told.err
+
+
+def test_only_meshes_that_the_program_takes_are_suitable():
+    """24 samples a minibatch: shares of 3 are one micro-batch, of 12 are none of 8."""
+    config = configured(
+        {
+            "prompts.per_epoch": 12, "prompts.group_size": 4,
+            "train.minibatches": 2, "train.microbatch": 8,
+        }
+    )  # fmt: skip
+    v5p = CHIPS["v5p"]
+    taken = [n for n in (1, 2, 3, 4, 5, 8) if suitable(config, ONE | {"data": n}, v5p)]
+    assert taken == [1, 3, 4, 8]
+
+
+def test_a_tpu_compiler_is_only_asked_for_slices_that_it_knows():
+    config = configured({"prompts.per_epoch": 12, "train.microbatch": 1})
+    v5p, mesh = CHIPS["v5p"], ONE | {"data": 3}
+    assert suitable(config, mesh, v5p)
+    assert not suitable(config, mesh, v5p, Target("tpu", v5p, 0))
+    assert suitable(config, ONE | {"data": 4}, v5p, Target("tpu", v5p, 0))
+
+
+def test_the_planned_mesh_keeps_its_slices(monkeypatch):
+    plan = describe(tiny(fsdp=2))._replace(target=Target("cpu", None, 3))
+
+    def described(config, target):
+        return plan._replace(config=config, target=target)
+
+    monkeypatch.setattr(search, "describe", described)
+    found = [search.described(plan, ONE | m, LEAST) for m in ({"fsdp": 2}, {})]
+    assert [other.target.slices for other in found] == [3, 0]

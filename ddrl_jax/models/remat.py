@@ -3,7 +3,7 @@
 | policy    | kept of a block                             | computed again             |
 |-----------|---------------------------------------------|----------------------------|
 | "none"    | everything the gradient needs               | nothing                    |
-| "dots"    | results of products with weight matrices    | all else: attention, convs |
+| "dots"    | results of products with weights            | all else: attention, norms |
 | "named"   | what `mark` names: the output of each layer | all else                   |
 | "offload" | the same, in the memory of the host         | all else                   |
 | "full"    | its input                                   | all of it                  |
@@ -77,7 +77,10 @@ def _policy(name: str) -> Any:
     known = jax.checkpoint_policies
     return {
         "full": lambda: None,
-        "dots": lambda: known.dots_with_no_batch_dims_saveable,
+        "dots": lambda: known.save_from_both_policies(
+            known.dots_with_no_batch_dims_saveable,
+            known.save_only_these_names("convolution"),
+        ),
         "named": lambda: known.save_only_these_names(*NAMES),
         "offload": lambda: known.save_and_offload_only_these_names(
             names_which_can_be_saved=[],

@@ -43,8 +43,9 @@ def plan_mode(config: Any, flags: Mapping[str, str | None]) -> None:
       UserError: a flag that is missing or wrong, a mesh that does not fit the devices.
     """
     settings = read(flags)
-    check_shapes(config, settings.devices)
+    # First of all: a check of remat "offload" starts JAX.
     placeholders(1 if settings.target.chip else settings.devices)
+    check_shapes(config, settings.devices)
     config = _whole_mesh(config, settings.devices)
     links = lay(settings.chip, {a: config.mesh[a] for a in AXES}, settings.slices)
     plan = describe(config, settings.target)

@@ -152,7 +152,9 @@ def _read(
     """`scattered`: an all-reduce of which, on TPUs, each device only gets its part."""
     kind, shapes = match[2], _SHAPE.findall(match[1])
     if match[3] and kind != "all-reduce":
-        shapes = shapes[len(shapes) // 2 :]  # (operands, results) of an async start
+        # (operands, results) of an async start; a TPU has handles beside them.
+        data = [shape for shape in shapes if shape != ("u32", "")] or shapes
+        shapes = data[len(data) // 2 :]
     size = sum(
         WIDTHS[d] * math.prod(map(int, filter(None, s.split(",")))) for d, s in shapes
     )

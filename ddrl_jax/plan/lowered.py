@@ -20,7 +20,7 @@ from ddrl_jax.diffusion.kernels import make_kernel
 from ddrl_jax.draws import draw_trained_steps
 from ddrl_jax.flops import Count, count
 from ddrl_jax.interfaces import DataSource, Memory, Trajectory
-from ddrl_jax.learner import Minibatch, TrainState
+from ddrl_jax.learner import Minibatch, TrainState, kept_samples
 from ddrl_jax.models.pipelines import PIPELINES
 from ddrl_jax.models.stable_diffusion import planned_pipeline
 from ddrl_jax.optim import make_optimizer
@@ -133,7 +133,10 @@ def describe(config: Any, target: Target = HERE) -> Abstract:
     chunk = _chunk(config, mesh, pipeline, kernel)
     size = chunk_size(config, mesh)
     total = config.prompts.per_epoch * config.prompts.group_size // size
-    chunks = total // config.train.minibatches
+    fitted = total
+    if config.policy.weight and config.policy.term == "sparse_rwr":
+        fitted = kept_samples(config) // size
+    chunks = fitted // config.train.minibatches
     update = Phase(
         "update",
         jit_update(config, objective, tx, weights.abstract),

@@ -19,7 +19,7 @@ from ddrl_jax.errors import UserError
 from ddrl_jax.plan.links import lay
 from ddrl_jax.plan.lowered import Abstract, Compiled, compile_phase, describe
 from ddrl_jax.plan.memory import fits, own, peak, resident
-from ddrl_jax.plan.target import Target
+from ddrl_jax.plan.target import HERE, Target
 from ddrl_jax.sharding import AXES, Rules, spec_for, table
 from ddrl_jax.weights import rollout_rules
 
@@ -63,8 +63,10 @@ def _divisors(n: int) -> list[int]:
     return [k for k in range(1, n + 1) if n % k == 0]
 
 
-def suitable(config: Any, mesh: dict[str, int], chip: Chip) -> bool:
-    """Whether samples, heads, tokens and slices divide over a mesh."""
+def suitable(
+    config: Any, mesh: dict[str, int], chip: Chip, target: Target = HERE
+) -> bool:
+    """Whether samples, heads, tokens and slices divide over a mesh of the target."""
     minibatch = config.prompts.per_epoch * config.prompts.group_size
     minibatch //= config.train.minibatches
     ways = mesh["tensor"] * mesh["context"]
@@ -72,13 +74,14 @@ def suitable(config: Any, mesh: dict[str, int], chip: Chip) -> bool:
         tokens = video_tokens(config.model)
         if config.model.heads % ways or tokens % mesh["context"]:
             return False
-    if minibatch % _shares(mesh):
+    share = minibatch // _shares(mesh)
+    if minibatch % _shares(mesh) or share % min(config.train.microbatch, share):
         return False
     try:
-        lay(chip, mesh)
+        links = lay(chip, mesh)
     except UserError:
         return False
-    return True
+    return target.chip is None or bool(links.torus())
 
 
 class Shown(NamedTuple):
@@ -207,7 +210,7 @@ def _compiled(plan: Abstract, mesh: dict[str, int], chip: Chip) -> Shown:
     The update needs more in most runs, and half the minutes are saved where it does not
     fit.
     """
-    plan = described(plan.config, mesh, LEAST, plan.target)
+    plan = described(plan, mesh, LEAST)
     *others, update = plan.phases
     shown = Shown(plan, [compile_phase(update, plan.mesh)])
     if not fits(shown.peak, chip):
@@ -216,14 +219,16 @@ def _compiled(plan: Abstract, mesh: dict[str, int], chip: Chip) -> Shown:
     return Shown(plan, [*before, *shown.compiled])
 
 
-def described(
-    config: Any, mesh: dict[str, int], remat: str, target: Target
-) -> Abstract:
-    """The run on another mesh with another remat policy."""
-    config = config.copy_and_resolve_references()
+def described(plan: Abstract, mesh: dict[str, int], remat: str) -> Abstract:
+    """The run on another mesh with another remat policy.
+
+    In as few slices as the chip allows, but for the mesh that the plan is of.
+    """
+    target, config = plan.target, plan.config.copy_and_resolve_references()
     config.mesh.update(mesh)
     config.model.remat = remat
-    return describe(config, target._replace(slices=0))
+    asked = mesh == {axis: plan.config.mesh[axis] for axis in AXES}
+    return describe(config, target if asked else target._replace(slices=0))
 
 
 def _smallest(
@@ -238,7 +243,7 @@ def _smallest(
         fitting = [
             mesh
             for mesh in meshes(count)
-            if mesh not in seen and suitable(config, mesh, chip)
+            if mesh not in seen and suitable(config, mesh, chip, known.plan.target)
             if fits(known.guess(mesh), chip)
         ]
         order = ("tensor", "context", "fsdp")
@@ -270,7 +275,7 @@ def _faster(best: Shown, tried: int, chip: Chip) -> Suggestion:
 def _with(best: Shown, remat: str) -> int:
     """Its peak with another policy, in bytes a device; the update is compiled."""
     mesh = dict(best.plan.mesh.shape)
-    plan = described(best.plan.config, mesh, remat, best.plan.target)
+    plan = described(best.plan, mesh, remat)
     update = compile_phase(plan.phases[-1], plan.mesh)
     # What of a rollout's arguments stays anyway, only the plan it is from can tell.
     before = [peak(best.plan, found) for found in best.compiled[:-1]]

@@ -166,7 +166,9 @@ def _cost(plan: Abstract, compiled: list[Compiled], times: list[Bounds]):
     samples = config.prompts.per_epoch * config.prompts.group_size
     total = config.train.epochs * epoch / HOUR
     refused = any(found.refusal for found in compiled)
-    sends = ", nor what a refused phase sends" if refused else ""
+    again = config.policy.weight and config.policy.old_log_prob == "recompute"
+    sends = ", nor the second look at log-probs of the rollout" if again else ""
+    sends += ", nor what a refused phase sends" if refused else ""
     yield (
         f"an epoch of {samples} samples: {epoch:.0f} s, {samples * HOUR / epoch:,.0f} "
         f"samples an hour (rewards, decoding and evaluation are not in it{sends})"

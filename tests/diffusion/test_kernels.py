@@ -21,7 +21,7 @@ X0, EPS = (RNG.normal(size=(STEPS, 2, 3)).astype(np.float32) for _ in range(2))
 
 def sampler(kernel, **changes):
     config = get_config().sampler
-    config.update(kernel=kernel, steps=STEPS, **changes)
+    config.update({"kernel": kernel, "steps": STEPS} | changes)
     return config
 
 
@@ -222,8 +222,12 @@ def test_refuses_what_no_sampler_can_do(kernel, changes, key):
 
 @pytest.mark.parametrize("name", ["flow_grpo", "edm"])
 def test_refuses_noise_that_stable_diffusion_never_saw(name):
-    with pytest.raises(UserError, match="outside the noise levels"):
+    with pytest.raises(UserError, match="outside the noise levels") as error:
         make_kernel(sampler(name), "eps")
+    assert "sigma_max 13.3 and sampler.sigma_min 0.03" in error.value.way_out
+    for steps in (2, 10, 20, 50):  # and that is accepted, with any churn
+        range_ = {"sigma_max": 13.3, "sigma_min": 0.03, "churn": 99.0}
+        make_kernel(sampler("edm", steps=steps, **range_), "eps")
 
 
 def test_refuses_an_unknown_prediction():
