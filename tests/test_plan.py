@@ -5,7 +5,9 @@ import shutil
 
 import jax
 import pytest
+from edited_config import configured
 from planned_runs import ONE, made, stable_diffusion, tiny, with_memory
+from tiny_runs import TINY as TINY_RUN
 from tiny_runs import tiny_program
 
 from ddrl_jax import plan
@@ -127,6 +129,26 @@ def test_a_data_term_is_planned(every_step):
     found = [count(p.function, *p.arguments).flops for p in (with_data, without)]
     assert found[0] / found[1] - 1 == pytest.approx(2 / 3 * rows / calls, rel=0.02)
     assert compile_phase(with_data, make_mesh(ONE)).temporaries > 0
+
+
+def test_sparse_rwr_rolls_out_all_samples_and_fits_the_kept_ones():
+    """Of 4 prompts of 20 samples the best 2 each: 8, in updates of one chunk of 2."""
+    edits = {"prompts.per_epoch": 4, "prompts.group_size": 20, "train.microbatch": 2}
+    edits |= {"policy.term": "sparse_rwr", "advantages.kind": "group"}
+    edits |= {"policy.rwr_percentile": 0.9, "mesh.data": 1, "train.minibatches": 2}
+    plan = describe(configured(TINY_RUN | edits))
+    rollout, update = plan.phases
+    assert (rollout.calls, plan.chunks, len(update.arguments[-1])) == (40, 2, 2)
+
+
+def test_the_devices_are_there_before_a_check_starts_jax(monkeypatch):
+    called = []
+    for name in ("placeholders", "check_shapes"):
+        monkeypatch.setattr(plan, name, lambda *_, name=name: called.append(name))
+    monkeypatch.setattr(plan, "_whole_mesh", lambda *_: called.append("end") or 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        plan.plan_mode(tiny(), {"devices": "2", "chip": "H100"})
+    assert called == ["placeholders", "check_shapes", "end"]
 
 
 # ---- work

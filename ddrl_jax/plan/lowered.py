@@ -133,10 +133,9 @@ def describe(config: Any, target: Target = HERE) -> Abstract:
     chunk = _chunk(config, mesh, pipeline, kernel)
     size = chunk_size(config, mesh)
     total = config.prompts.per_epoch * config.prompts.group_size // size
-    fitted = total
+    chunks = total // config.train.minibatches
     if config.policy.weight and config.policy.term == "sparse_rwr":
-        fitted = kept_samples(config) // size
-    chunks = fitted // config.train.minibatches
+        chunks = -(-kept_samples(config) // (config.train.minibatches * size))
     update = Phase(
         "update",
         jit_update(config, objective, tx, weights.abstract),
