@@ -193,7 +193,7 @@ def get_config(variant: str = "") -> ConfigDict:
 
     c.optimizer = ConfigDict()
     c.optimizer.name = "adamw"  # "adamw" | "muon" (matrices of the blocks of emoji and
-    # video_dit, the rest by adamw; full fine-tuning in float32)
+    # video_dit, the rest by AdamW with Nesterov's momentum; all weights, in float32)
     c.optimizer.lr = 1e-4
     c.optimizer.master = "float32"  # dtype of what is trained: "float32" | "bfloat16"
     c.optimizer.state_dtype = "float32"  # of both moments: "float32" | "bfloat16";

@@ -138,16 +138,14 @@ class Checkpoints:
 
         Args:
           abstract_state: the tree of `abstract`.
-          which: "latest", or "last_good": skip damaged ones, say which, and move them
-            to ROOT/damaged so that the run can write these epochs again.
+          which: "latest", or "last_good": skips damaged ones (moved to ROOT/damaged).
           check: is given the cursor before any array is looked at, and may refuse it.
 
         Returns:
           (epoch, state, cursor), or None where there is no checkpoint.
 
         Raises:
-          UserError: the newest one is damaged (which="latest") or none is whole, or it
-            belongs to another model or program.
+          UserError: the newest is damaged (which="latest"), foreign, or none is whole.
         """
         if which not in ("latest", "last_good"):
             raise ValueError(f"which is {which!r}, not latest or last_good")
@@ -161,6 +159,8 @@ class Checkpoints:
             try:
                 restored = self._read_everywhere(epoch, abstract_state, check)
             except _Damaged as reason:
+                if self.read_only and numbers_of_main(self.epochs()) != epochs:
+                    return self.restore(abstract_state, which, check)  # the run goes on
                 if which == "latest":
                     raise self._damaged(epoch, reason, epochs) from None
                 self.skipped.append((epoch, str(reason)))

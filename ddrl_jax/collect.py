@@ -49,11 +49,11 @@ def collect(
     config = program.config
     prompts = prompts_of(program, epoch)
     chunks = draw_chunks(program, prompts, epoch, 0)
-    told = _skipped(program)
+    told, asked = _skipped(program), counters(pool.rewards)
     if not config.policy.weight:
         return Collected(prompts, chunks, tracker, told)
     with timer("rollout"):
-        sampled = _sample(program, state, epoch, prompts, chunks, pool, stop)
+        sampled = _sample(program, state, epoch, prompts, chunks, pool, stop, timer)
     if sampled is None:
         return None
     chunks, handles, rows, finite = sampled
@@ -69,7 +69,9 @@ def collect(
     metrics = told | _reward_metrics(dict(config.rewards.weights), scores)
     if not finite.all():
         metrics["reward/not_finite"] = float(np.sum(~finite))
-    metrics |= summed(counters(pool.rewards)) | _rollout_gap(config.policy, chunks)
+    counted = counters(pool.rewards).items()
+    metrics |= summed({name: n - asked.get(name, 0.0) for name, n in counted})
+    metrics |= _rollout_gap(config.policy, chunks)
     samples = None
     if config.policy.term == "sparse_rwr":
         x0 = tuple(chunk.x0 for chunk in chunks)
@@ -87,7 +89,7 @@ def collect(
     return Collected(prompts, chunks, tracker, metrics, samples)
 
 
-def _sample(program, state, epoch, prompts, chunks, pool, stop):
+def _sample(program, state, epoch, prompts, chunks, pool, stop, timer):
     """Rolls out every chunk; its pictures go to the judges as soon as they exist.
 
     Returns:
@@ -110,7 +112,8 @@ def _sample(program, state, epoch, prompts, chunks, pool, stop):
         own = number * size + images.rows
         if len(own):
             images.copy_to_host_async()
-            handles.append(pool.submit(images, [prompts.text[i] for i in own]))
+            with timer("reward"):  # it waits where the judges are behind
+                handles.append(pool.submit(images, [prompts.text[i] for i in own]))
         held.append(own)
         finite.append(finite_rows(found.x0))
         filled.append(_filled(program, state, chunk, found))

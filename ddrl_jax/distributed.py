@@ -32,6 +32,7 @@ from ddrl_jax.watch import FOREVER_MS, Rank, Watch
 HEARTBEAT = 45  # seconds until JAX aborts the others of a process that stands still;
 # Watch is sooner where it has ended or its machine is gone
 ARRIVAL = 300  # seconds that the processes of a run may take to come together
+TASKS = ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE")  # how many a cluster has started
 TEXT_BYTES = 512  # of what a process tells the others
 T = TypeVar("T")
 
@@ -76,6 +77,9 @@ def joined(where: Place | None) -> Iterator[None]:
 def _initialize(where: Place | None) -> bool:
     """Starts jax.distributed; False for a process that is alone."""
     if where is not None and where.processes == 1:
+        return False
+    # Of a lone task a cluster would make one process a device, and hide the others.
+    if where is None and "1" in map(os.environ.get, TASKS):
         return False
     # Through a web proxy gRPC would not reach the coordinator; empty means none, and
     # only to gRPC: downloads keep the proxy. JAX warns of every variable of that kind,

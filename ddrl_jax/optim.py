@@ -34,7 +34,7 @@ def learning_rate(optimizer, total_steps: int) -> optax.Schedule:
 
 
 def make_optimizer(optimizer, total_steps: int) -> optax.GradientTransformation:
-    """AdamW, or Muon with AdamW, behind a clip of the global gradient norm.
+    """AdamW, or Muon with NAdamW, behind a clip of the global gradient norm.
 
     Args:
       optimizer: config.optimizer; `grad_clip` 0 turns the clip off, `state_dtype` is
@@ -61,7 +61,7 @@ def _adamw(optimizer, lr: optax.Schedule) -> optax.GradientTransformation:
 
 
 def _muon(optimizer, lr: optax.Schedule) -> optax.GradientTransformation:
-    """Muon (Jordan 2024) on matrices of stacked blocks, AdamW on all else.
+    """Muon (Jordan 2024) on matrices of stacked blocks, NAdamW on all else.
 
     W <- W - lr 0.2 sqrt(max(i, o)) U V^T of the momentum's U S V^T, nearly, so that the
     same rate suits both (Liu 2025, arXiv 2502.16982, Eq. 4).

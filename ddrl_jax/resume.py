@@ -23,8 +23,8 @@ class Start(NamedTuple):
       epoch: how many epochs are done.
       state: of the weights and the optimizer.
       tracker: of the rewards.
-      line: metrics of the last of these epochs, which a notice has kept from being
-        evaluated and written; None where it was.
+      line: metrics of the last of these epochs, which may not be evaluated and written
+        yet: a notice, a kill or an error came first.
     """
 
     epoch: int

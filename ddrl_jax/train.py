@@ -125,17 +125,17 @@ def run(
             values |= speeds(config, values, epoch)
             values |= utilization(batch.chunks, values)
             del batch  # its trajectories, before the next ones are collected
-            # 4. Evaluate; after a notice the restart does: the time left may be short.
+            # 4. Save, with the line still to be written: what follows may fail.
+            last = epoch == config.train.epochs
+            with timer.aside():
+                save(checkpoints, epoch, state, tracker, program, last, values)
+            # 5. Evaluate; after a notice the restart does: the time left may be short.
             with timer.aside():
                 due = is_due(config, epoch)
                 line = finish(evaluation, state, metrics, epoch, values, due)
             if line is not None:
                 break
             bar.update(epoch, values)
-            # 5. Save.
-            last = epoch == config.train.epochs
-            with timer.aside():
-                save(checkpoints, epoch, state, tracker, program, force=last)
     save(checkpoints, epoch, state, tracker, program, force=True, line=line)
     if stop.agree():
         checkpoints.wait()

@@ -190,3 +190,24 @@ def test_an_average_that_is_not_wanted_is_named(tmp_path):
     with pytest.raises(UserError, match=r"holds an average.*\n.*train/ema/w"):
         checkpoints.restore(wanted)
     checkpoints.close()
+
+
+@pytest.mark.parametrize("which", ["latest", "last_good"])
+def test_a_reader_takes_what_a_run_beside_it_has_saved_meanwhile(tmp_path, which):
+    """With checkpoint.keep 1 the run deletes what the reader is about to read."""
+    root = tmp_path / "checkpoints"
+    save_epochs(root, (1,))
+    reader = Checkpoints(root, 1, 1, read_only=True)
+    read, calls = reader._read_everywhere, []
+
+    def late(epoch, *rest):
+        calls.append(epoch)
+        if len(calls) == 1:
+            save_epochs(root, (2,), keep=1)
+            assert reader.epochs() == [2]
+        return read(epoch, *rest)
+
+    reader._read_everywhere = late
+    found = reader.restore(abstract(make_state(0)), which)
+    assert calls == [1, 2] and found.epoch == 2
+    assert bits(found.state) == bits(make_state(2))

@@ -1,5 +1,7 @@
 """An epoch of experience: which picture is judged by which prompt, and what is told."""
 
+import time
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -138,3 +140,45 @@ def test_without_a_policy_term_nothing_is_sampled(run):
     assert [c.trajectory for c in found.chunks] == [None, None]
     assert found.metrics == {} and jnp.shape(found.chunks[0].keys) == (4,)
     assert jax.tree.leaves(found.chunks[0].advantages) == []
+
+
+class Counting:
+    """A reward that counts what it was asked, from the start of the process."""
+
+    def __init__(self):
+        self.asked = 0
+
+    def __call__(self, images, prompts):
+        self.asked += 1
+        return np.zeros(len(prompts))
+
+    def counters(self):
+        return {"requests": self.asked}
+
+
+def test_counters_are_those_of_the_epoch(run):
+    program, state = run
+    judge = Counting()
+    judge.asked = 100  # by an evaluation
+    tracker = PerPromptTracker.init(len(program.prompts), 16)
+    with RewardPool({"brightness": judge}, 2, 60.0, "error") as pool:
+        rest = (pool, tracker, Timer(), Preemption())
+        found = [collect(program, state, number, *rest) for number in range(2)]
+    assert [f.metrics["reward/brightness/requests"] for f in found] == [2.0, 2.0]
+    assert judge.asked == 104
+
+
+class Behind(Judged):
+    """A pool that takes no more until a judge is done."""
+
+    def submit(self, images, prompts):
+        time.sleep(0.3)
+        return len(prompts)
+
+
+def test_waiting_for_judges_that_are_behind_is_time_of_the_reward(run):
+    program, state = run
+    scores = Scores({"brightness": np.zeros(8, np.float32)}, np.ones(8, bool))
+    tracker, timer = PerPromptTracker.init(len(program.prompts), 16), Timer()
+    collect(program, state, 0, Behind(scores), tracker, timer, Preemption())
+    assert timer.epoch()["time/reward"] > 0.55

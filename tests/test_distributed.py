@@ -150,6 +150,22 @@ def test_fetched_records_land_in_their_rows():
     np.testing.assert_array_equal(to_host(found)["x"][:, 1], numbers**2)
 
 
+@pytest.mark.parametrize("name", ["SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE"])
+def test_the_one_task_of_a_cluster_keeps_all_of_its_devices(name, monkeypatch):
+    """JAX would join it to itself, and hide all devices but one."""
+
+    def initialize(**_):
+        raise AssertionError("it was joined")
+
+    monkeypatch.setattr(distributed.jax.distributed, "initialize", initialize)
+    monkeypatch.setenv(name, "1")
+    with distributed.joined(None):
+        assert jax.process_count() == 1
+    monkeypatch.setenv(name, "2")
+    with pytest.raises(AssertionError, match="it was joined"), distributed.joined(None):
+        pass
+
+
 # ---- what they count
 
 

@@ -1,4 +1,4 @@
-"""Muon on the matrices of the blocks, AdamW on the rest: formulas, layout, resume."""
+"""Muon on the matrices of the blocks, NAdamW on the rest: formulas, layout, resume."""
 
 import jax
 import jax.numpy as jnp

@@ -157,3 +157,44 @@ def test_a_line_that_a_notice_left_is_written_once(
         shorter, asked, _ = again()
         assert json.loads(shorter) == {"step": 1, "reward": 0.5} and asked == 1
         assert json.loads(home.discarded.read_text())["heldout"] == 3.0
+
+
+class Failing(Judged):
+    """An evaluation whose judge fails at epoch 1."""
+
+    def run(self, state, metrics, epoch):
+        if epoch:
+            raise UserError("the judge failed", got="x", wanted="y", way_out="z")
+        return super().run()
+
+
+def test_an_epoch_is_saved_before_its_evaluation_which_may_fail(
+    program, checkpoints, tmp_path, monkeypatch
+):
+    config, trained = program.config.copy_and_resolve_references(), []
+    config.evaluate.every = config.train.epochs = 1
+    program = program._replace(config=config)
+    tracker = start(program, checkpoints()).tracker
+    batch = SimpleNamespace(tracker=tracker, metrics={}, chunks=[])
+
+    def update(program, state, batch, epoch):
+        trained.append(epoch)
+        return state, {"loss": 1.0}
+
+    stand_ins = {
+        "Evaluation": Failing, "update_epoch": update, "collect": lambda *_: batch
+    }  # fmt: skip
+    stand_ins |= dict.fromkeys(("check_ratio", "check_epoch"), lambda *_: None)
+    stand_ins["Utilization"] = lambda *_: lambda *_: {}
+    for name, stand_in in stand_ins.items():
+        monkeypatch.setattr(loop, name, stand_in)
+    rewards = dict.fromkeys(config.rewards.weights, lambda images, prompts: None)
+    with open_workdir(tmp_path / "home", config) as home:
+        with pytest.raises(UserError, match="the judge failed"):
+            loop.run(program, rewards, home, checkpoints(), Preemption())
+        assert [json.loads(x)["step"] for x in home.metrics.open()] == [0]
+        monkeypatch.setattr(loop, "Evaluation", Judged)
+        loop.run(program, rewards, home, checkpoints(), Preemption())
+        last = [json.loads(x) for x in home.metrics.open()][-1]
+    assert trained == [0]  # and not a second time
+    assert (last["step"], last["loss"], last["heldout"]) == (1, 1.0, 3.0)
