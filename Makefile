@@ -12,6 +12,17 @@ VENV := .venv
 BIN := $(VENV)/bin
 comma := ,
 STAMP := $(VENV)/.installed-$(subst $(comma),-,$(EXTRAS))
+# An interpreter that was asked for by name is the one that is used: another one's
+# environment is made anew.
+ifneq ($(origin PYTHON),file)
+VERSION := $(shell $(PYTHON) --version 2>&1)
+ifneq ($(wildcard $(BIN)/python),)
+ifneq ($(VERSION),$(shell $(BIN)/python --version 2>&1))
+.PHONY: $(STAMP)
+CLEAR := --clear
+endif
+endif
+endif
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test test-fast lint format bench clean
@@ -32,7 +43,7 @@ $(STAMP): setup.py
 	  echo "got:     $$($(PYTHON) --version 2>&1)"; \
 	  echo "wanted:  Python 3.11 or later"; \
 	  echo "way out: make PYTHON=/path/to/python3.11 $(MAKECMDGOALS)"; exit 1; }
-	$(PYTHON) -m venv $(VENV)
+	$(PYTHON) -m venv $(CLEAR) $(VENV)
 	$(BIN)/python -m pip install --disable-pip-version-check -q -e ".[$(EXTRAS)]"
 	@touch $@
 

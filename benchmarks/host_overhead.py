@@ -180,7 +180,7 @@ def table(found: dict[int, dict[str, list[float]]], load: float) -> str:
         f"{os.cpu_count()} cores of one machine, gloo; load average at the start"
         f" {load:.1f}. Weak scaling: each process has 1 CPU device and {SAMPLES}"
         " samples an epoch in two chunks (configs/ddrl_paper.py:smoke). Milliseconds"
-        f" an epoch, median of epochs {FIRST + 1} to {EPOCHS}, slowest process.",
+        f" an epoch, median of epochs {FIRST} to {EPOCHS - 1}, slowest process.",
         "",
         "| processes | own, processor | own, wall | agreement, processor | agreement,"
         " wall | epoch, wall |",

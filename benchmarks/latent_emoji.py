@@ -263,7 +263,8 @@ def main(arguments: Sequence[str]) -> None:
         for algorithm in options.algorithms:
             row = f"{algorithm}-{reward}"
             main_program(f"{config}:{row}", f"--workdir={HOME}/{row}")
-    print(write_results(home, options.out, ["benchmarks.latent_emoji", *arguments]))
+    command = ["benchmarks.latent_emoji", *arguments]
+    print(write_results(home, options.out, command, options.algorithms))
 
 
 if __name__ == "__main__":

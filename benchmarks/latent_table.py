@@ -15,7 +15,7 @@ import numpy as np
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 
-from configs.latent_emoji import ALGORITHMS, REWARDS  # noqa: E402
+from configs.latent_emoji import REWARDS  # noqa: E402
 
 NAMES = {"is": "DDPO-IS", "sf": "DDPO-SF", "rwr": "RWR", "sparse_rwr": "sparse RWR"}
 
@@ -40,6 +40,8 @@ def read_run(workdir: Path, reward: str) -> Row:
     lines = read_rows(workdir)
     config = json.loads((workdir / "config.json").read_text(encoding="utf-8"))
     each = config["prompts"]["per_epoch"] * config["prompts"]["group_size"]
+    if lines[-1]["step"] != config["train"]["epochs"]:
+        raise SystemExit(f"{workdir} is not finished: start the same command again")
     key = f"evaluation/{reward}/mean"
     found = [line for line in lines if key in line]
     return Row(
@@ -50,13 +52,14 @@ def read_run(workdir: Path, reward: str) -> Row:
     )
 
 
-def write_results(home: Path, out: Path, command: Sequence[str]) -> Path:
+def write_results(
+    home: Path, out: Path, command: Sequence[str], algorithms: Sequence[str]
+) -> Path:
     """Writes latent_emoji.md and its figure; returns the path of the table."""
     runs = {
         (algorithm, reward): read_run(home / f"{algorithm}-{reward}", reward)
         for reward in REWARDS
-        for algorithm in ALGORITHMS
-        if (home / f"{algorithm}-{reward}" / "metrics.jsonl").exists()
+        for algorithm in algorithms
     }
     out.mkdir(parents=True, exist_ok=True)
     figure = draw(runs, out / "latent_emoji.png")
@@ -80,7 +83,8 @@ def head(home: Path, command: Sequence[str]) -> list[str]:
         f"- autoencoder: mean squared error {built['error']:.4f} in [-1, 1], "
         f"scaling factor {built['scaling_factor']:.3f}",
         f"- UNet: {last['step'] * 100} updates of 32 in {seconds / 60:.0f} minutes, "
-        f"held-out data loss {last['data/heldout_loss']:.4f}, held-out retrieval "
+        f"data loss on the same pictures with other noise "
+        f"{last['data/heldout_loss']:.4f}, held-out retrieval "
         f"{last['heldout/retrieval/mean']:.1%} among 256 captions",
         "- rows: equal prompts, sampler (10 DDIM steps, eta 1) and reward calls, one "
         "seed; evaluation on 128 samples of fixed prompts and noise",
@@ -92,7 +96,7 @@ def table(runs: dict[tuple[str, str], Row]) -> list[str]:
     """Before and after, for each row."""
     lines = [
         "| reward | row | reward calls | kB before | kB after | change | "
-        "retrieval before | after | training seconds |",
+        "retrieval before | after | seconds, compiling included |",
         "|---" * 9 + "|",
     ]
     for (algorithm, reward), run in runs.items():

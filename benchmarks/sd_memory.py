@@ -97,6 +97,7 @@ def measure(
             compiled = lowered.compile()
     else:
         compiled, plan = on_cpu(lowered, order)
+    seconds = time.monotonic() - start
     memory = compiled.memory_analysis()
     assert memory is not None, "this backend plans no memory ahead"
     return Measured(
@@ -106,7 +107,7 @@ def measure(
         memory.temp_size_in_bytes,
         widened(compiled.as_text() or "", plan) if plan else 0,
         count(function, *shapes),
-        time.monotonic() - start,
+        seconds,
     )
 
 
@@ -116,8 +117,8 @@ def on_cpu(lowered: Any, order: str) -> tuple[Any, str]:
         options: Any = CPU_OPTIONS | {"xla_dump_to": folder}
         options |= {"xla_cpu_scheduler_type": SCHEDULERS[order]}
         compiled = lowered.compile(compiler_options=options)
-        plans = list(Path(folder).glob("*live-range.txt"))
-        return compiled, plans[0].read_text(encoding="utf-8") if plans else ""
+        (plan,) = Path(folder).glob("*live-range.txt")  # of one program
+        return compiled, plan.read_text(encoding="utf-8")
 
 
 def widened(program: str, plan: str) -> int:

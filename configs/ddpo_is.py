@@ -7,7 +7,7 @@ updates for each collection, and half of the steps, drawn for each sample on its
 clip_range: the paper's 1e-4 belongs to log-probs that are means over 16,384 latent
 values; 5.3e-4 bounds the joint ratio alike for the 3,072 here (1.64 / 3072). Advantages
 are clipped at 5 (10 in the released code) and a tracker keeps 16 rewards (32), since a
-run here has few epochs.
+run here has few epochs. Weights averaged over some ten updates are evaluated.
 
 One run of 10 of its 30 epochs, 32 s each on one CPU core beside other work, 2026-11-24,
 one seed: the JPEG size of its samples went from 5.55 to 5.26 kB (means of the first and

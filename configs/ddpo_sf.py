@@ -7,7 +7,8 @@ normalised by a running tracker of each prompt, guidance in sampling and in trai
 AdamW with weight decay 1e-4, and exactly one update for each collection of samples.
 Differs from the paper: 64 samples and 20 steps (256 and 50), guidance 2 (5 suits Stable
 Diffusion), lr 1e-4 (1e-5 for a network 200 times as large), advantages clipped at 5 (10
-in the released code) and a tracker of 16 rewards (32), since a run here is short.
+in the released code), a tracker of 16 rewards (32), since a run here is short, and
+evaluation of weights averaged over some ten updates.
 
 One run of 6 of its 30 epochs, 34 s each on one CPU core beside other work, 2026-11-24,
 one seed: too short to see the size move (5.57 and 5.58 kB, means of the first and the

@@ -3,13 +3,16 @@
     python -m ddrl_jax.main --config=configs/ddrl_paper.py --workdir=runs/ddrl_paper
 
 arXiv 2512.04332: A = (r - group mean) / (beta std), and the loss of a step is the
-diffusion loss on data minus lambda(A) log p, with lambda(x) = -exp(-x). The group mean
-of lambda is taken off (neg_exp_centered): without it every sample is pushed down. The
-other forms are --config.policy.transform=linear and =neg_exp. One draw of the data term
-a sample, at its own noise level, which the paper found as good as one a step. One
-update for each rollout, so the ratio is 1 and the clip never acts. Differs from the
-paper: a network of 4 M weights with lr 1e-4 and ten steps, of which three of the nine
-noisy ones are trained, 8 prompts of 8 samples.
+weighted diffusion loss on data minus lambda(A) log p, with lambda(x) = -exp(-x). The
+group mean of lambda is taken off (neg_exp_centered): without it every sample is pushed
+down. The other forms are --config.policy.transform=linear and =neg_exp. One draw of the
+data term a sample, at its own noise level, which the paper found as good as one a step.
+One update for each rollout, so the ratio is 1 and the clip never acts. Differs from the
+paper: a network of 4 M weights with lr 1e-4, a warm-up of 5 and ten steps, of which
+three of the nine noisy ones are trained, 8 prompts of 8 samples; a data loss in
+velocity (eps there), of weight 0.005 beside log-probs that are means over 3,072 pixels,
+so 15 beside their sum (1 there); and weights averaged over some ten updates are
+evaluated.
 
 One run of its 30 epochs, 7 s each on one CPU core beside other work, 2026-11-24, one
 seed: the JPEG size of its samples fell from 5.70 to 4.42 kB (means of the first and the

@@ -34,6 +34,7 @@ class Seen(NamedTuple):
     fetches: list[int]  # of each picture batch given to the judges
     got: dict[str, list[int]]  # stage -> jax.device_get calls in each of its runs
     largest: int  # bytes of a call in "collect"
+    pulled: list[list[tuple[int, ...]]]  # of each collect: arrays that NumPy was handed
 
 
 class Pictures:
@@ -51,6 +52,17 @@ def size(tree: Any) -> int:
     return sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
 
 
+def handed(function: Any, shapes: list[tuple[int, ...]]) -> Any:
+    """The function of NumPy; notes the shapes of the arrays of devices it is given."""
+
+    def wrapped(x: Any, *more: Any, **others: Any) -> Any:
+        if isinstance(x, jax.Array):
+            shapes.append(x.shape)
+        return function(x, *more, **others)
+
+    return wrapped
+
+
 @pytest.fixture(scope="module")
 def seen(tmp_path_factory) -> Seen:
     """A run of three epochs with policy, data term, KL and an evaluation every epoch.
@@ -60,6 +72,7 @@ def seen(tmp_path_factory) -> Seen:
     workdir = tmp_path_factory.mktemp("no_recompilation")
     compiled: list[tuple[int, str]] = []
     written, pictures, calls = [], [], []
+    pulled, shapes = [], []
     got: dict[str, list[int]] = {"collect": [], "update_epoch": []}
     sizes: list[int] = []
 
@@ -72,7 +85,10 @@ def seen(tmp_path_factory) -> Seen:
 
         def wrapped(*arguments: Any) -> Any:
             before = len(calls)
+            shapes.clear()
             result = function(*arguments)
+            if name == "collect":
+                pulled.append(list(shapes))
             got[name].append(len(calls) - before)
             sizes.extend(calls[before:] if name == "collect" else ())
             return result
@@ -97,11 +113,14 @@ def seen(tmp_path_factory) -> Seen:
         patch.setattr(
             jax, "device_get", lambda tree: calls.append(size(tree)) or get(tree)
         )
+        for name in ("asarray", "array"):
+            patch.setattr(np, name, handed(getattr(np, name), shapes))
         patch.setattr(loop, "write_report", lambda home: home.root)
         loop.train(parse(["main", *FLAGS, f"--workdir={workdir}"]).config, str(workdir))
     jax.monitoring.unregister_event_duration_listener(listen)
     assert written == list(range(EPOCHS + 1))
-    return Seen(compiled, [p.fetched for p in pictures], got, max(sizes))
+    fetched = [p.fetched for p in pictures]
+    return Seen(compiled, fetched, got, max(sizes), pulled)
 
 
 def test_nothing_compiles_after_the_first_epoch(seen):
@@ -127,3 +146,7 @@ def test_pictures_come_to_the_host_once_a_chunk_and_scalars_once_an_epoch(seen):
     assert seen.fetches == [1] * (EPOCHS * CHUNKS + evaluations)
     assert seen.got == {"collect": [1] * EPOCHS, "update_epoch": [1] * EPOCHS}
     assert seen.largest == SAMPLES
+    large = [[shape for shape in epoch if len(shape) > 3] for epoch in seen.pulled]
+    # Pictures, once a chunk, and no trajectory, whoever asks NumPy for it.
+    assert [len(epoch) for epoch in large] == [CHUNKS] * EPOCHS
+    assert {len(shape) for epoch in large for shape in epoch} == {4}

@@ -35,9 +35,10 @@ def test_a_notebook_runs(path, tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "path", [*sys.path])
     names: dict = {}
     for number, cell in enumerate(cells(path, "code")):
-        code = cell.replace('"runs/notebook"', repr(f"{tmp_path}/run"))
+        code = cell.replace('f"runs/notebook_', f'f"{tmp_path}/run_')
         exec(compile(code, f"{path.name}[{number}]", "exec"), names)  # noqa: S102
     assert names["VARIANT"] == "smoke"  # as it is shipped
+    assert names["WORKDIR"] == f"{tmp_path}/run_smoke"  # each variant has its own
     assert "heldout/retrieval/mean" in names["values"]
     pixels = np.asarray(names["both"])  # before above after
     assert pixels.shape[0] == 2 * names["first"].height and pixels.std() > 0

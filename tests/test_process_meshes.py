@@ -12,11 +12,15 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from process_runs import FLAGS, GLOO, ROOT, epochs_saved, free_port, metrics
+from tiny_runs import perturbed
 
+from ddrl_jax.config_file import load_config
 from ddrl_jax.metrics import ONLY_AT_END
+from ddrl_jax.models.emoji import emoji_pipeline, write_params
 
 pytestmark = pytest.mark.slow
 
@@ -47,23 +51,24 @@ with joined(place({}, os.environ)):
 """
 
 
-def commands(root: Path) -> list[list[str]]:
+def commands(root: Path, init: Path) -> list[list[str]]:
     """A training on every mesh, then every mode on the first of them."""
     found = []
     for name, sizes in MESHES.items():
         sizes = {"data": 1} | sizes
         mesh = [f"--config.mesh.{axis}={size}" for axis, size in sizes.items()]
-        found.append([*FLAGS, *SHORT, *mesh, f"--workdir={root}/{name}"])
+        start = (f"--config.model.init={init}", f"--workdir={root}/{name}")
+        found.append([*FLAGS, *SHORT, *mesh, *start])
     return found + [[*found[0], f"--mode={mode}"] for mode in MODES]
 
 
-def started(root: Path, processes: int) -> list[subprocess.Popen]:
+def started(root: Path, init: Path, processes: int) -> list[subprocess.Popen]:
     place = {
         "DDRL_PROCESSES": str(processes),
         "JAX_NUM_CPU_DEVICES": str(4 // processes),
     }
     place["DDRL_COORDINATOR"] = f"127.0.0.1:{free_port()}"
-    command = [sys.executable, "-c", COMMANDS, json.dumps(commands(root))]
+    command = [sys.executable, "-c", COMMANDS, json.dumps(commands(root, init))]
     return [
         subprocess.Popen(
             command,
@@ -97,11 +102,21 @@ def _without_gloo(text: str) -> str:
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory):
+def init(tmp_path_factory) -> Path:
+    """Weights with which every layer has a say: a new network's gates are all 0."""
+    config = load_config(FLAGS[0].removeprefix("--config="))
+    params = jax.jit(emoji_pipeline(config).init)(jax.random.key(0))["params"]
+    path = tmp_path_factory.mktemp("init") / "spoken.npz"
+    write_params(path, perturbed(params))
+    return path
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory, init):
     """(workdirs and words of one process, those of two)."""
     root = tmp_path_factory.mktemp("meshes")
-    (alone,) = said(started(root / "one", 1))
-    return (root / "one", alone), (root / "two", said(started(root / "two", 2)))
+    (alone,) = said(started(root / "one", init, 1))
+    return (root / "one", alone), (root / "two", said(started(root / "two", init, 2)))
 
 
 @pytest.mark.parametrize("name", MESHES)
@@ -160,14 +175,19 @@ def test_samples_of_two_processes_are_those_of_one(runs):
         assert np.abs(apart).max() <= 1  # weights within rounding of each other
 
 
-def test_the_weights_that_two_processes_export_are_those_of_one(runs):
+def test_the_weights_that_two_processes_export_are_those_of_one(runs, init):
     (one, _), (two, _) = runs
     wanted, (found, other) = of_mode(runs, "export")
     assert found == wanted and other == ""
     name = f"fsdp/export/{EPOCHS:06d}.npz"
     with np.load(one / name) as mine, np.load(two / name) as theirs:
         assert mine.files == theirs.files and len(mine.files) > 10
-        for leaf in mine.files:
-            np.testing.assert_allclose(
-                mine[leaf], theirs[leaf], atol=1e-3, err_msg=leaf
-            )
+        assert _same_halves(mine, theirs)
+        with np.load(init) as begin:  # and what they were trained from is not
+            assert not _same_halves(begin, theirs)
+
+
+def _same_halves(mine, theirs) -> bool:
+    """Equal but for a rounding to half precision, either way, of two like numbers."""
+    near = {"rtol": 2**-10, "atol": 5e-6}
+    return all(np.allclose(mine[leaf], theirs[leaf], **near) for leaf in theirs.files)

@@ -2,11 +2,10 @@
 the update are the same bits, for every sampler, dtype and guidance.
 """
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from tiny_runs import (
+    assert_the_network_speaks,
     chunks_with_trajectories,
     flat_source,
     perturbed,
@@ -62,16 +61,6 @@ def prompts_of(program):
     return draw_prompts(program.prompts, 0, 0, c.per_epoch, c.group_size)
 
 
-def assert_the_network_speaks(program, state):
-    """The prediction is not 0, or equal log-probs would show nothing."""
-    shape = (4, *program.pipeline.latent_shape)
-    z = jax.random.normal(jax.random.key(5), shape)
-    cond = jax.tree.map(lambda c: c[:4], program.cond_table)
-    apply = jax.jit(program.objective.apply)  # one program, not one an operation
-    v = apply(state.params, program.frozen, z, jnp.linspace(0.1, 0.9, 4), cond)
-    assert float(jnp.min(jnp.max(jnp.abs(v), axis=(1, 2, 3)))) > 0.1
-
-
 def assert_exactly_one(program, state):
     """Three programs - rollout, replay, gradient - give one set of bits."""
     assert_the_network_speaks(program, state)
@@ -99,7 +88,10 @@ def assert_exactly_one_in_the_update(program, state, chunks):
 
 @pytest.mark.parametrize(("kernel", "dtype", "scale"), CASES)
 def test_rollout_replay_and_gradient_agree_to_the_bit(kernel, dtype, scale):
-    assert_exactly_one(*make(kernel, dtype, scale))
+    program, state = make(kernel, dtype, scale)
+    chunks = assert_exactly_one(program, state)
+    if (dtype, scale) == ("bfloat16", 3.0):  # the whole update of each kernel once
+        assert_exactly_one_in_the_update(program, state, chunks)
 
 
 KL_AND_DATA = {

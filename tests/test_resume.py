@@ -38,6 +38,8 @@ ROWS = {
         f"--config.evaluate.every={K + 1}",
     ),
 }
+# And rows that are only resumed in processes of their own.
+MORE = {"flow_grpo": ("--config.train.inner_epochs=2",)}
 CLOCKS = ("time/", "perf/", "samples_per_second")
 LOSSES = ("data/loss", "data/heldout_loss", "policy/loss")
 
@@ -55,7 +57,8 @@ class Runs(NamedTuple):
 
 
 def flags_of(row: str) -> tuple[str, ...]:
-    return (f"--config={ROOT}/configs/{row}.py:smoke", *SETTINGS, *ROWS[row])
+    own = (ROWS | MORE)[row]
+    return (f"--config={ROOT}/configs/{row}.py:smoke", *SETTINGS, *own)
 
 
 def checkpoint(workdir: Path, epoch: int) -> dict[str, Any]:
@@ -268,9 +271,10 @@ def to_its_end(*arguments: str) -> None:
     assert child.returncode == 0, errors
 
 
-def test_sigterm_saves_ends_well_and_the_same_command_goes_on(tmp_path):
+@pytest.mark.parametrize("row", ["ddrl_paper", "flow_grpo"])
+def test_sigterm_saves_ends_well_and_the_same_command_goes_on(row, tmp_path):
     """In processes of their own, which build and compile everything anew."""
-    flags = (*flags_of("ddrl_paper"), f"--config.train.epochs={2 * K}")
+    flags = (*flags_of(row), f"--config.train.epochs={2 * K}")
     interrupted = (*flags, f"--workdir={tmp_path}/run")
     with program("-c", HELD_BACK, *interrupted) as child:
         assert child.stdout.readline() == "now\n"
@@ -281,4 +285,6 @@ def test_sigterm_saves_ends_well_and_the_same_command_goes_on(tmp_path):
     assert errors.count(f"SIGTERM: epoch {K} is saved; the same command goes on") == 1
     to_its_end(*interrupted)
     to_its_end(*flags, f"--workdir={tmp_path}/whole")
+    if row == "flow_grpo":  # whose reference is the policy that the run began with
+        assert metrics(tmp_path / "whole")[-1]["policy/kl"] > 0
     check_same(tmp_path / "run", tmp_path / "whole")

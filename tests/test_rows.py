@@ -3,16 +3,20 @@
 import json
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
+from tiny_runs import perturbed
 
 from ddrl_jax.check_config import check_config
 from ddrl_jax.command_line import load_config, override
+from ddrl_jax.models.emoji import emoji_pipeline, write_params
 from ddrl_jax.sample import sample_mode
 from ddrl_jax.train import train
 
 ROOT = Path(__file__).resolve().parents[1]
 SHORT = ("evaluate.every=0", "mesh.data=1", "log.progress=False", "log.tensorboard=0")
+CLOCKS = ("time/", "perf/", "samples_per_second")
 ROWS = {
     "ddpo_sf.py:smoke": (),
     "ddpo_is.py:smoke": (),
@@ -28,10 +32,10 @@ ROWS = {
 pytestmark = pytest.mark.slow
 
 
-def read(spec: str, *keys: str):
+def read(spec: str, *keys: str, devices: int = 1):
     config = load_config(str(ROOT / "configs" / spec.split()[0]))
     override(config, ["", *(f"--config.{key}" for key in (*SHORT, *keys))])
-    check_config(config, 1)
+    check_config(config, devices)
     return config
 
 
@@ -55,6 +59,29 @@ def test_a_row_trains_to_its_report(row, tmp_path):
         if config.policy.weight:
             assert line["policy/ratio_max_deviation"] == 0.0
     assert "data:image/png" in (tmp_path / "run" / "report.html").read_text()
+
+
+@pytest.mark.optimised
+def test_a_run_on_eight_devices_is_that_of_one(tmp_path):
+    """The whole loop: what it draws and judges first to the bit, all else nearly."""
+    spec, init = "ddrl_paper.py:smoke", tmp_path / "spoken.npz"
+    params = jax.jit(emoji_pipeline(read(spec)).init)(jax.random.key(0))["params"]
+    write_params(init, perturbed(params))
+    keys = [f"model.init={init}", "train.microbatch=1", "evaluate.every=1"]
+    keys += ["advantages.kind=tracker", "advantages.tracker_min=4"]
+    keys += ["policy.transform=linear", "rewards.heldout=()"]
+    one, eight = (
+        trained(read(spec, *keys, f"mesh.data={n}", devices=n), tmp_path / str(n))
+        for n in (1, 8)
+    )
+    rewards = [key for key in one[0] if key.startswith("reward/")]
+    assert rewards and all(one[0][key] == eight[0][key] for key in rewards)
+    for line, other in zip(one, eight, strict=True):
+        assert line.keys() == other.keys()
+        for key, value in line.items():
+            if isinstance(value, float) and not key.startswith(CLOCKS):
+                near = pytest.approx(value, rel=1e-5, abs=1e-6)
+                assert other[key] == near, key
 
 
 def test_samples_of_the_base_policy_anchor_a_run(tmp_path):

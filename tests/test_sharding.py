@@ -11,7 +11,14 @@ from edited_config import configured
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from mesh_epochs import EDITS, compare, epoch
-from tiny_runs import flat_source, perturbed_state, same_bits, tiny_program
+from tiny_runs import (
+    assert_the_network_speaks,
+    flat_source,
+    perturbed,
+    perturbed_state,
+    same_bits,
+    tiny_program,
+)
 
 from ddrl_jax.draws import each_chunk, prompts_of
 from ddrl_jax.errors import UserError
@@ -269,4 +276,7 @@ def test_a_rollout_in_bfloat16_trains_with_the_recomputed_log_prob():
 def test_a_rounded_rollout_of_a_rounded_network_is_on_policy(rank):
     edits = {"rollout.dtype": "bfloat16", "model.dtype": "bfloat16", "lora.rank": rank}
     program = tiny_program(edits)
+    if rank:  # the zero output layer of the base has no factors
+        program = program._replace(frozen=perturbed(program.frozen))
+    assert_the_network_speaks(program, perturbed_state(program))
     check_ratio(program, perturbed_state(program))

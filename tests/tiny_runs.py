@@ -135,3 +135,13 @@ def _raw(x: Any) -> np.ndarray:
     if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
         x = jax.random.key_data(x)
     return np.asarray(x)
+
+
+def assert_the_network_speaks(program, state):
+    """The prediction is not 0, or equal log-probs would show nothing."""
+    shape = (4, *program.pipeline.latent_shape)
+    z = jax.random.normal(jax.random.key(5), shape)
+    cond = jax.tree.map(lambda c: c[:4], program.cond_table)
+    apply = jax.jit(program.objective.apply)  # one program, not one an operation
+    v = apply(state.params, program.frozen, z, jnp.linspace(0.1, 0.9, 4), cond)
+    assert float(jnp.min(jnp.max(jnp.abs(v), axis=(1, 2, 3)))) > 0.1

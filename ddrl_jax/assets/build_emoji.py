@@ -155,6 +155,8 @@ def main(tarball: str) -> None:
     home = Path(__file__).parent
     rows = read_rows(Path(tarball))
     print("\n".join(nearest_pairs(rows, 25)))
+    if (home / "emoji").exists():  # TFDS would keep it, whatever the rows are
+        raise SystemExit(f"{home / 'emoji'} is there: move it away to build it anew")
     builder = Emoji(rows=rows, data_dir=home)
     builder.download_and_prepare()
     words = sorted({w for caption, _, _ in rows for w in caption.split()})

@@ -166,7 +166,8 @@ def ratio_metrics(
     difference = log_prob.astype(jnp.float32) - old_log_prob.astype(jnp.float32)
     log_ratio = jax.lax.stop_gradient(difference)
     valid = jnp.ones(log_ratio.shape, bool) if mask is None else mask
-    deviation = jnp.where(valid, jnp.abs(jnp.exp(log_ratio) - 1.0), 0.0)
+    # expm1 sees differences that exp rounds to a ratio of 1
+    deviation = jnp.where(valid, jnp.abs(jnp.expm1(log_ratio)), 0.0)
     clipped = (deviation > clip_range).astype(jnp.float32)
     return {
         "approx_kl": 0.5 * _valid_mean(jnp.square(log_ratio), mask),

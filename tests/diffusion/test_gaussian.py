@@ -145,6 +145,7 @@ def test_the_rounding_fence_is_the_identity():
     np.testing.assert_array_equal(gradient, np.full(6, 3.0))
 
 
+@pytest.mark.optimised
 @pytest.mark.parametrize("n", [1, 7, 64, 1000])
 def test_a_sum_is_the_same_bits_in_a_loop_and_outside(n):
     """XLA may compile a loop as one function, and matrix products differently there."""

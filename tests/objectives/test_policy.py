@@ -303,3 +303,13 @@ def test_step_kl_is_a_mean_over_latent_axes_with_one_std_a_sample():
     expected = square.mean((1, 2)) / (2 * np.asarray(std) ** 2)
     np.testing.assert_allclose(step_kl(mean, reference, std), expected, rtol=1e-5)
     np.testing.assert_array_equal(step_kl(mean, mean, std), 0.0)
+
+
+@pytest.mark.parametrize("log_prob", [0.3, -0.37, 0.9, -1.2])
+@pytest.mark.parametrize("way", [-np.inf, np.inf])
+def test_one_unit_in_the_last_place_is_a_deviation(log_prob, way):
+    """Although exp of it rounds to a ratio of 1."""
+    old = np.full(1, log_prob, np.float32)
+    new = np.nextafter(old, np.float32(way))
+    found = ratio_metrics(jnp.asarray(new), jnp.asarray(old), 1e-4)
+    assert 0 < float(found["ratio_max_deviation"]) < 2e-7
