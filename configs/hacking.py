@@ -13,8 +13,9 @@ the same for all, and with the same seed the control sees the emoji of the ddrl 
 the same order.
 
 Numbers and hours are in benchmarks/results/reward_hacking.md, with a cosine schedule in
-hacking_cosine/ and hacking_fresh/ there. The data weights were chosen after trials with
-seed 0, 0.012 after seeds 0 to 2; hacking_fresh is 0.012 on seeds 3 to 5.
+hacking_cosine/ and hacking_fresh/ there; they are of the base policy shipped until
+2026-11-29 (README says how to start from it). The data weights were chosen after trials
+with seed 0, 0.012 after seeds 0 to 2; hacking_fresh is 0.012 on seeds 3 to 5.
 "ARM-smoke" is an arm in seconds. Without a variant the arm is ddrl_low.
 """
 
