@@ -7,7 +7,7 @@ minutes. Group advantages, the clipped surrogate on three of the nine noisy step
 Flow-GRPO sampler, and the diffusion loss on captioned emoji in every update. The judge
 (retrieval among all captions) is held out: nothing is trained on it.
 
-One run of it: 378 seconds on 2 CPU cores, benchmarks/results/quickstart.md.
+One run of it: 373 seconds on 2 CPU cores, benchmarks/results/quickstart.md.
 
 Keys to turn first: data_term.weight (0 gives up the pictures for the reward) and
 rewards.weights.

@@ -32,6 +32,16 @@ fi
 export JAX_PLATFORMS=cpu JAX_NUM_CPU_DEVICES=$devices
 
 pids=()
+# shellcheck disable=SC2317,SC2329 # called by the trap
+hand_on() {
+  told=yes stop=yes
+  kill -s TERM "${pids[@]}" 2>/dev/null
+}
+# A terminal sends its INT to every process of the group itself, and a second one means
+# "do not save": what is handed on is TERM, of which any number means the same.
+stop=
+trap hand_on TERM INT
+
 for ((i = 0; i < count; i++)); do
   command=("$python" -m ddrl_jax.main "$@"
     "--distributed.coordinator=127.0.0.1:$port"
@@ -46,15 +56,7 @@ for ((i = 0; i < count; i++)); do
   pids+=($!)
 done
 [ "$dry" ] && exit 0
-
-# shellcheck disable=SC2317,SC2329 # called by the traps
-hand_on() {
-  told=yes
-  kill -s "$1" "${pids[@]}" 2>/dev/null
-}
-# A terminal sends its INT to every process of the group itself, and a second one means
-# "do not save": what is handed on is TERM, of which any number means the same.
-trap 'hand_on TERM' TERM INT
+[ "$stop" ] && hand_on # to those that were started after it, too
 
 status=0
 for pid in "${pids[@]}"; do

@@ -158,6 +158,7 @@ def test_the_one_task_of_a_cluster_keeps_all_of_its_devices(name, monkeypatch):
         raise AssertionError("it was joined")
 
     monkeypatch.setattr(distributed.jax.distributed, "initialize", initialize)
+    monkeypatch.setenv("grpc_proxy", "")  # `joined` sets it, for good
     monkeypatch.setenv(name, "1")
     with distributed.joined(None):
         assert jax.process_count() == 1

@@ -245,9 +245,9 @@ def test_little_memory_means_more_devices_and_full_remat(
         kept = alone if phase.name == "update" and made_for[-1] == "named" else 0
         return made(phase.name)._replace(phase=phase, temporaries=int(kept))
 
-    def describe_here(config, mesh, remat, target):
+    def describe_here(plan, mesh, remat):
         made_for.append(remat)
-        return real(config, mesh, remat, HERE)._replace(target=target)
+        return real(plan._replace(target=HERE), mesh, remat)._replace(target=target)
 
     monkeypatch.setattr(search, "compile_phase", compile_less)
     monkeypatch.setattr(search, "described", describe_here)
