@@ -111,9 +111,9 @@ class LatentSource:
                 way_out="encode them with the text encoder itself",
             )
         rows = self._texts.read(np.array([self._row_of[c] for c in captions]))
-        pooled = rows.get("pooled")
-        emb: Any = _wide(rows["emb"])  # stays on the host until it is asked for
-        return Cond(emb, None if pooled is None else _wide(pooled))
+        # They stay on the host until they are asked for.
+        wide: dict[str, Any] = {name: _wide(values) for name, values in rows.items()}
+        return Cond(wide["emb"], wide.get("pooled"))
 
     def latents(
         self, fetched: Mapping[str, Float[Array, "b h w c"]], keys: Key[Array, " b"]

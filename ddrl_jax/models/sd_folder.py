@@ -66,8 +66,8 @@ class Source(NamedTuple):
 
 def described(*parts: Any) -> str:
     """16 hexadecimal digits of configurations and names that were read from JSON."""
-    plain = [dataclasses.asdict(p) if dataclasses.is_dataclass(p) else p for p in parts]
-    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()[:16]
+    plain = json.dumps(parts, sort_keys=True, default=dataclasses.asdict)
+    return hashlib.sha256(plain.encode()).hexdigest()[:16]
 
 
 def read_source(folder: Path, variant: str = "") -> Source:
