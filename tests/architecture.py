@@ -18,8 +18,9 @@ VAGUE = {"utils", "util", "helpers", "helper", "common", "misc"}
 
 # Who may import whom. A row holds for the module and all below it, the longest row
 # that fits wins, and an entry allows the module it names and all below that one.
-# `errors`, `interfaces` and `text` are open to everybody and are added to every row.
-EVERYBODY = ("errors", "interfaces", "text")
+# `errors`, `interfaces`, `text` and `file_tree` are open to everybody and are added to
+# every row.
+EVERYBODY = ("errors", "interfaces", "text", "file_tree")
 PLUMBING = (
     "optim",
     "sharding",
@@ -61,6 +62,7 @@ IMPORT_TABLE: dict[str, tuple[str, ...]] = {
     "": (),
     "errors": (),
     "text": (),
+    "file_tree": (),
     "interfaces": (),
     "assets": ("assets", "data", "models", "rewards"),  # the scripts that build them
     "diffusion": ("diffusion",),

@@ -26,6 +26,7 @@ from ddrl_jax.data.images import (
     normal_caption,
 )
 from ddrl_jax.errors import UserError
+from ddrl_jax.file_tree import walk
 from ddrl_jax.text import is_text
 
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp")
@@ -108,22 +109,15 @@ class _Reader:
         self.faults.setdefault(kind, []).append(name)
 
     def _files(self) -> list[str]:
-        """Names of all files, links followed, each real folder entered once."""
-        names, seen = [], set()
+        """Names of all files, behind links too."""
+        names = []
 
         def refused(e: OSError) -> None:
             where = os.path.relpath(e.filename or self.root, self.root)
             self.fault(UNREADABLE, f"{where} ({e.strerror})")
 
-        for top, folders, files in os.walk(
-            self.root, onerror=refused, followlinks=True
-        ):
-            seen.add(os.path.realpath(top))
-            folders[:] = [
-                f
-                for f in folders
-                if f[0] != "." and os.path.realpath(os.path.join(top, f)) not in seen
-            ]
+        for top, folders, files in walk(self.root, onerror=refused):
+            folders[:] = [f for f in folders if f[0] != "."]
             below = Path(top).relative_to(self.root)
             names += [(below / f).as_posix() for f in files if f[0] != "."]
         return sorted(names)

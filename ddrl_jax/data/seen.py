@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ddrl_jax.data.record_table import read_json, unwritable, write_json
+from ddrl_jax.file_tree import walk
 
 
 def files_digest(folder: Path) -> str:
@@ -24,15 +25,11 @@ def files_digest(folder: Path) -> str:
     Returns:
       The digest; "" where no file is seen, as in a bucket: then nothing is known.
     """
-    rows, entered = [], set()
-    for top, folders, files in os.walk(folder, followlinks=True):
-        entered.add(os.path.realpath(top))
-        folders[:] = [
-            name
-            for name in sorted(folders)
-            if os.path.realpath(os.path.join(top, name)) not in entered
-        ]
-        rows += [_row(folder, os.path.join(top, name)) for name in sorted(files)]
+    rows = [
+        _row(folder, os.path.join(top, name))
+        for top, _, files in walk(folder)
+        for name in files
+    ]
     return hashlib.sha256(json.dumps(rows).encode()).hexdigest() if rows else ""
 
 

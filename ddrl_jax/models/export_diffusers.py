@@ -1,7 +1,6 @@
 """Trained weights in the formats of diffusers: a whole folder, or a LoRA file."""
 
 import json
-import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,6 +11,7 @@ import numpy as np
 from flax import traverse_util
 
 from ddrl_jax.errors import UserError
+from ddrl_jax.file_tree import walk
 from ddrl_jax.interfaces import Params
 from ddrl_jax.models.convert import table, to_torch_names, torch_names
 from ddrl_jax.models.folder import (
@@ -212,14 +212,8 @@ def _copy_all_but_unet_weights(source: Path, target: Path) -> None:
 
 
 def _files(source: Path) -> list[Path]:
-    """All files below a folder, links followed, each real folder entered once."""
-    found, entered = [], set()
-    for top, folders, files in os.walk(source, followlinks=True):
-        entered.add(os.path.realpath(top))
-        inside = {name: os.path.realpath(os.path.join(top, name)) for name in folders}
-        folders[:] = [name for name, real in inside.items() if real not in entered]
-        found += [Path(top) / name for name in files]
-    return sorted(found)
+    """All files below a folder, behind links too."""
+    return sorted(Path(top) / name for top, _, files in walk(source) for name in files)
 
 
 def _write_unet(

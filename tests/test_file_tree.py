@@ -1,0 +1,41 @@
+"""Links are followed, to the same folder twice, but never round in a circle."""
+
+from pathlib import Path
+
+from ddrl_jax.file_tree import walk
+
+
+def _files(root: Path) -> list[str]:
+    found = [Path(top) / name for top, _, files in walk(root) for name in files]
+    return [path.relative_to(root).as_posix() for path in found]
+
+
+def test_two_links_to_one_folder_are_two_folders(tmp_path):
+    (tmp_path / "far").mkdir()
+    (tmp_path / "far" / "b").touch()
+    (tmp_path / "far" / "a").touch()
+    root = tmp_path / "root"
+    root.mkdir()
+    for name in ("y", "x"):
+        (root / name).symlink_to(tmp_path / "far")
+    assert _files(root) == ["x/a", "x/b", "y/a", "y/b"]
+
+
+def test_a_circle_of_links_over_two_folders_has_an_end(tmp_path):
+    for name, other in (("one", "two"), ("two", "one")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "file").touch()
+        (tmp_path / name / "on").symlink_to(tmp_path / other)
+    assert _files(tmp_path / "one") == ["file", "on/file"]
+    assert _files(tmp_path) == ["one/file", "one/on/file", "two/file", "two/on/file"]
+
+
+def test_what_is_taken_out_of_the_folders_is_not_entered(tmp_path):
+    for name in (".hidden", "seen"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "file").touch()
+    found = []
+    for _, folders, files in walk(tmp_path):
+        folders[:] = [name for name in folders if name[0] != "."]
+        found += files
+    assert found == ["file"]
