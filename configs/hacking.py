@@ -1,6 +1,6 @@
 """Reward hacking and what holds it back: arms that differ in their anchor alone.
 
-    python -m ddrl_jax.main --config=configs/hacking.py:ddrl_low --workdir=runs/one_arm
+    python -m ddrl_jax.main --config=configs/hacking.py:ddrl_mid --workdir=runs/one_arm
     python benchmarks/reward_hacking.py      # all arms and seeds, table and figures
 
 JPEG compressibility of emoji, which a policy without an anchor maximises by wiping its
@@ -12,11 +12,9 @@ asks for no reward. Kernel, trained steps, prompts, noise, optimizer and evaluat
 the same for all, and with the same seed the control sees the emoji of the ddrl arms in
 the same order.
 
-Numbers and hours are in benchmarks/results/reward_hacking.md, with a cosine schedule in
-hacking_cosine/ and hacking_fresh/ there; they are of the base policy shipped until
-2026-11-29 (README says how to start from it). The data weights were chosen after trials
-with seed 0, 0.012 after seeds 0 to 2; hacking_fresh is 0.012 on seeds 3 to 5.
-"ARM-smoke" is an arm in seconds. Without a variant the arm is ddrl_low.
+Numbers and hours are in benchmarks/results/reward_hacking.md; how the trained steps, the
+evaluation and the data weights were chosen (with seed 0), in README.
+"ARM-smoke" is an arm in seconds. Without a variant the arm is ddrl_mid.
 """
 
 from ml_collections import ConfigDict
@@ -29,9 +27,8 @@ ARMS = {
     "ddpo": (1.0, 0.0, 0.0),
     "kl_low": (1.0, 0.01, 0.0),
     "kl_high": (1.0, 0.1, 0.0),
-    "ddrl_low": (1.0, 0.0, 0.01),
-    "ddrl_between": (1.0, 0.0, 0.012),
-    "ddrl_mid": (1.0, 0.0, 0.015),
+    "ddrl_low": (1.0, 0.0, 0.005),
+    "ddrl_mid": (1.0, 0.0, 0.01),
     "ddrl_high": (1.0, 0.0, 0.02),
     # AdamW divides by the size of the gradient, so the weight of an only term is free
     "control": (0.0, 0.0, 0.01),
@@ -42,7 +39,7 @@ def get_config(variant: str = "") -> ConfigDict:
     check_variant(variant, (*ARMS, "smoke", *(f"{arm}-smoke" for arm in ARMS)))
     size = "smoke" if variant.endswith("smoke") else ""
     arm = variant.removesuffix("smoke").removesuffix("-")
-    policy, kl, data = ARMS[arm or "ddrl_low"]
+    policy, kl, data = ARMS[arm or "ddrl_mid"]
     c = base.get_config()
     c.name = f"hacking:{arm}" if arm else "hacking"
     c.policy.update(weight=policy, kl_weight=kl)
@@ -56,13 +53,16 @@ def get_config(variant: str = "") -> ConfigDict:
     c.sampler.update(last_step="deterministic", guidance_scale=1.0)
     c.advantages.update(kind="group", std="group")
     # of log-probs that are means over 3,072 pixels
-    c.policy.update(term="clipped", clip_range=3e-3, train_steps=3)
+    c.policy.update(term="clipped", clip_range=3e-3)
+    # where it is decided what is drawn and how large. Later steps teach a policy above
+    # all to remove the grain of the SDE, a third of the size, and hacking is hidden
+    c.policy.train_on = (0, 1, 2)
     c.train.update(minibatches=2, microbatch=16)
-    c.optimizer.update(lr=4e-4, warmup=10, ema_decay=0.95)
+    c.optimizer.update(lr=4e-4, warmup=10, schedule="cosine", ema_decay=0.95)
     # every prompt twice, so that the diversity within a prompt can be measured
     c.evaluate.update(every=7, samples=128, data_samples=64, pictures=16)
     c.checkpoint.every = 5
-    c.evaluate.solver = "rollout"  # judged as it is trained: with the SDE's noise
+    c.evaluate.solver = "euler"  # without the SDE's grain, in as many steps
     c = shrink(c, size)
     if size:
         c.evaluate.samples = 2 * c.prompts.limit
