@@ -21,6 +21,7 @@ from jaxtyping import UInt8
 from PIL import Image
 from tqdm import tqdm
 
+from ddrl_jax.board import Board
 from ddrl_jax.errors import UserError
 
 STAGES: tuple[str, ...] = ("rollout", "reward", "update")
@@ -37,7 +38,8 @@ class Metrics:
       resume_step: the last step that a restart keeps; TensorBoard hides later ones.
 
     Raises:
-      UserError: wandb is asked for and not installed.
+      UserError: wandb is asked for and not installed, or TensorBoard's file could not
+        be written (full disk).
     """
 
     def __init__(
@@ -53,7 +55,9 @@ class Metrics:
         if config_log.wandb:
             self._wandb = _start_wandb(self.root)
         if config_log.tensorboard:
-            self._board = _open_board(self.root, resume_step)
+            folder = self.root / "tensorboard"
+            with _told(folder):
+                self._board = Board(folder, resume_step)
         # Line buffered: a line is on its way to the disk when write() returns.
         self._file = (self.root / "metrics.jsonl").open("a", buffering=1)
 
@@ -68,7 +72,7 @@ class Metrics:
           values: numbers, 0-d arrays or text; under ONLY_AT_END a tuple of keys.
 
         Raises:
-          UserError: the line could not be written (full disk).
+          UserError: the line or its numbers could not be written (full disk).
         """
         if self._file is None:
             return
@@ -83,9 +87,9 @@ class Metrics:
         numbers = {k: v for k, v in line.items() if isinstance(v, int | float)}
         del numbers["step"]
         if self._board is not None:
-            for key, value in numbers.items():
-                self._board.add_scalar(key, value, step)
-            self._board.flush()
+            with _told(self._board.path):
+                self._board.scalars(step, numbers)
+                self._board.flush()
         if self._wandb is not None:
             self._wandb.log(numbers, step=step)
 
@@ -104,28 +108,36 @@ class Metrics:
             return None
         safe = name.replace(os.sep, "_")
         path = self.root / "samples" / f"{safe}_{step:06d}.png"
-        try:
+        with _told(path):
             path.parent.mkdir(exist_ok=True)
             draft = path.with_name(f".{path.name}.tmp")
             Image.fromarray(np.asarray(grid)).save(draft, format="PNG")
             draft.replace(path)
-        except OSError as error:
-            raise _write_error(path, error) from error
         if self._board is not None:
-            self._board.add_image(name, np.asarray(grid), step, dataformats="HWC")
+            with _told(self._board.path):
+                self._board.image(step, name, np.asarray(grid))
+                self._board.flush()
         if self._wandb is not None:
             self._wandb.log({name: sys.modules["wandb"].Image(str(path))}, step=step)
         return path
 
     def close(self) -> None:
-        """Writes what is left and closes the files."""
-        if self._file is not None:
-            self._file.close()
-        if self._board is not None:
-            self._board.close()
-        if self._wandb is not None:
-            self._wandb.finish()
+        """Closes the files; a file that has refused something is closed already.
+
+        Raises:
+          UserError: TensorBoard's file could not be written (full disk).
+        """
+        file, board, wandb = self._file, self._board, self._wandb
         self._file = self._board = self._wandb = None
+        try:
+            if file is not None:
+                file.close()
+            if board is not None:
+                with _told(board.path):
+                    board.close()
+        finally:
+            if wandb is not None:
+                wandb.finish()
 
     def __enter__(self) -> "Metrics":
         return self
@@ -277,13 +289,6 @@ class Timer:
         self._mark = now
 
 
-def _open_board(root: Path, resume_step: int | None) -> Any:
-    from tensorboardX import SummaryWriter  # slow to import, and optional
-
-    purge = None if resume_step is None else resume_step + 1
-    return SummaryWriter(str(root / "tensorboard"), purge_step=purge)
-
-
 def _start_wandb(root: Path) -> Any:
     try:
         import wandb  # pyright: ignore[reportMissingImports]
@@ -304,6 +309,14 @@ def _start_wandb(root: Path) -> Any:
         id=name.read_text(),
         resume="allow",
     )
+
+
+@contextmanager
+def _told(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise _write_error(path, error) from error
 
 
 def _write_error(path: Path, error: OSError) -> UserError:

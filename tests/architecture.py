@@ -40,6 +40,7 @@ PLUMBING += (
     "finite",
     "curves",
     "start_note",
+    "board",
 )
 MEASURES = ("flops", "chips", "profile")
 CHECKS = ("config_rules", "config_values", "check_config", "check_objective")
@@ -88,6 +89,7 @@ IMPORT_TABLE: dict[str, tuple[str, ...]] = {
     **{name: () for name in MEASURES},
     "checkpoint": ("fingerprint", "orbax_log", "distributed"),
     "fingerprint": ("checksum",),
+    "metrics": ("board",),
     "report": ("curves", "start_note"),
     "workdir": ("distributed", "lock", "start_note"),
     "metrics_file": ("metrics", "workdir"),
@@ -100,6 +102,7 @@ IMPORT_TABLE: dict[str, tuple[str, ...]] = {
         for name in RUN
     },
     **{name: (*BELOW_TRAIN, *MODES) for name in MODES},
+    "sample": (*BELOW_TRAIN, *MODES, "lock"),
     "train": (*BELOW_TRAIN, *MODES),
     "compare": ("compare", *BELOW_TRAIN, *MODES, "train", "main"),
     "main": (*BELOW_TRAIN, *MODES, "train", "compare", "surroundings"),
@@ -111,7 +114,7 @@ CONFINED = {
     "tensorflow_datasets": ("data", "assets", "sample"),
     "transformers": ("models",),
     "diffusers": ("models",),
-    "tensorboardX": ("metrics",),
+    "tensorboardX": ("board",),
     "wandb": ("metrics",),
     "torch": (),
     "tensorflow": (),

@@ -63,34 +63,6 @@ def test_a_picture_is_written_as_it_is_and_leaves_no_draft(tmp_path):
     assert [p.name for p in path.parent.iterdir()] == [path.name]
 
 
-def test_tensorboard_holds_the_numbers_and_the_pictures(tmp_path):
-    from tensorboardX.proto.event_pb2 import Event
-    from tensorboardX.record_writer import crc32c  # noqa: F401, the format's checksum
-
-    config = ConfigDict({"tensorboard": True, "wandb": False})
-    with Metrics(tmp_path, config) as metrics:
-        metrics.write(4, {"reward/mean": 0.25, "data/loss": math.nan, "device": "cpu"})
-        metrics.images(4, "evaluation", np.zeros((4, 4, 3), np.uint8))
-    (file,) = (tmp_path / "tensorboard").iterdir()
-    found = {}
-    for record in records(file.read_bytes()):
-        event = Event.FromString(record)
-        found |= {v.tag: (event.step, v) for v in event.summary.value}
-    assert found["reward/mean"][0] == 4
-    assert found["reward/mean"][1].simple_value == 0.25
-    assert found["evaluation"][1].image.width == 4
-    assert set(found) == {"reward/mean", "evaluation"}
-
-
-def records(content: bytes):
-    """TFRecord: length (8 bytes), its checksum (4), the record, its checksum (4)."""
-    at = 0
-    while at < len(content):
-        length = int.from_bytes(content[at : at + 8], "little")
-        yield content[at + 12 : at + 12 + length]
-        at += 16 + length
-
-
 def test_wandb_that_is_not_installed_is_one_error(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)  # import raises ImportError
     with pytest.raises(UserError, match="log.wandb") as error:
