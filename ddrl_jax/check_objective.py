@@ -76,7 +76,7 @@ def _check_rewards(config: Any) -> None:
     )
     both = [name for name in rewards.heldout if name in trained]
     require(
-        not both,
+        not both or config.policy.weight == 0,
         "a held-out judge is also trained on, so it judges nothing",
         got=f"{', '.join(both)} in rewards.heldout and in rewards.weights",
         wanted="different names",
@@ -123,11 +123,13 @@ def _check_policy(config: Any) -> None:
         way_out='set both to 1, or policy.term to "clipped"',
     )
     require(
-        policy.old_log_prob != "exact" or train.inner_epochs == 1,
-        'policy.old_log_prob "exact" holds while each sample is used once',
-        got=f"train.inner_epochs {train.inner_epochs}",
-        wanted="train.inner_epochs 1",
-        way_out='set it to 1, or policy.old_log_prob to "rollout"',
+        policy.old_log_prob != "exact" or updates == 1,
+        'policy.old_log_prob "exact" holds for samples of the current weights: one '
+        "update an epoch",
+        got=f"train.minibatches {train.minibatches}, "
+        f"train.inner_epochs {train.inner_epochs}",
+        wanted="both 1",
+        way_out='set both to 1, or policy.old_log_prob to "rollout" or "recompute"',
     )
     require(
         not (policy.train_on and policy.per_sample_steps),

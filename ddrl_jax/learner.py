@@ -132,7 +132,9 @@ def apply_gradients(
     def apply(state: TrainState, grads: Params) -> TrainState:
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         params = add_updates(state.params, updates, state.step)
-        average = lambda a, p: decay * a + (1 - decay) * p  # noqa: E731
+        # wide before the product: in bfloat16 1 - decay and decay add up to 1.001
+        wide = lambda p: p.astype(jnp.float32)  # noqa: E731
+        average = lambda a, p: decay * a + (1 - decay) * wide(p)  # noqa: E731
         ema = jax.tree.map(average, state.ema, params) if decay else None
         zero = jnp.zeros_like(state.bad_updates)
         return TrainState(state.step + 1, params, opt_state, ema, zero)

@@ -87,9 +87,9 @@ def check_ratio(program: Program, state: TrainState) -> None:
             f"is not 1 before any update ({where})",
             got=f"|ratio - 1| = {deviation[worst]:.3g}",
             wanted=f"at most {tolerance:g} (config.policy.ratio_tolerance)",
-            way_out="config.policy.old_log_prob='recompute' or 'exact' (in another "
-            "--workdir, if this one has epochs), or a larger tolerance, well below "
-            "config.policy.clip_range",
+            way_out="config.policy.old_log_prob='recompute', or with one update an "
+            "epoch 'exact' (in another --workdir, if this one has epochs), or a larger "
+            "tolerance, well below config.policy.clip_range",
         )
 
 

@@ -81,7 +81,7 @@ def policy_loss(
     step = policy_step(objective, params, frozen, transition, cond)
     log_prob = objective.score(step, transition.x_s)
     gap = {}
-    # "exact": each sample is used once, so the old policy is this one by definition,
+    # "exact": an epoch has one update, so the old policy is this one by definition,
     # and the ratio 1 however far the rollout's log-probs are.
     if weights.old_log_prob == "exact":
         gap = {"rollout_gap": jnp.max(jnp.abs(log_prob - old))}
@@ -93,7 +93,8 @@ def policy_loss(
     if weights.kl_weight:
         base, base_frozen = reference
         other = policy_step(objective, base, base_frozen, transition, cond)
-        kl = jnp.mean(step_kl(step.mean, jax.lax.stop_gradient(other.mean), step.std))
+        anchor = jax.lax.stop_gradient(other.mean)
+        kl = jnp.mean(step_kl(step.mean, anchor, step.std, weights.reduction))
         total = total + weights.kl_weight * kl
         metrics = metrics | {"kl": kl}
     return total, metrics | gap | {"loss": loss}

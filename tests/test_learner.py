@@ -164,6 +164,18 @@ def test_average_of_the_weights(samples):
     assert int(state.step) == 1 and int(state.bad_updates) == 0
 
 
+def test_the_average_of_narrow_weights_that_stand_still_is_these_weights(samples):
+    narrow = jax.tree.map(lambda p: p.astype(jnp.bfloat16), params())
+    tx = optax.sgd(0.0)
+    start = init_state(narrow, tx, 0.9)
+    state, _ = updated(objective(), (samples,), tx, ema=0.9, start=start)
+    assert int(state.step) == 1
+    for name in PARAMS:
+        assert state.params[name].dtype == jnp.bfloat16
+        expected = np.asarray(narrow[name], np.float32)
+        np.testing.assert_allclose(state.ema[name], expected, rtol=1e-6)
+
+
 def test_without_an_average_it_is_the_weights(samples):
     state, _ = updated(objective(), (samples,), ema=0.0)
     assert state.ema is None and state.average is state.params

@@ -107,6 +107,15 @@ def test_kl_and_its_gradient_by_hand(samples):
     close(gradient(state), expected)
 
 
+def test_kl_is_a_sum_where_log_probs_are(samples):
+    reference = (jax.tree.map(jnp.asarray, REFERENCE), {})
+    edits = {"policy.kl_weight": 0.5, "policy.reduction": "sum"}
+    _, metrics = updated(objective(edits), (samples,), reference=reference)
+    elements = np.prod(samples.trajectory.x_t.shape[2:])
+    value = elements * kl_by_hand(params(), samples)
+    np.testing.assert_allclose(metrics["policy/kl"], value, rtol=1e-4)
+
+
 # ---- data term at the rollout's levels
 
 

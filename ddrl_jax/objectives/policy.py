@@ -180,23 +180,27 @@ def step_kl(
     mean: Float[Array, "b *x"],
     mean_reference: Float[Array, "b *x"],
     std: Float[Array, " b"],
+    reduction: str = "mean",
 ) -> Float[Array, " b"]:
-    """Exact KL of two Gaussian transitions of equal std, a mean over the latent axes.
+    """Exact KL of two Gaussian transitions of equal std, reduced over the latent axes.
 
     KL = mean_x (mu - mu_ref)^2 / (2 std^2), with the std of the whole step (in SDE
-    samplers it contains sqrt |dt|).
+    samplers it contains sqrt |dt|), or the sum: as the log-probs beside it, so that its
+    weight means the same with both.
 
     Args:
       mean: of the current policy's step.
       mean_reference: of the reference policy's step from the same state.
       std: of both; > 0, a deterministic step has no KL.
+      reduction: "mean" or "sum".
 
     Returns:
-      One KL a sample, in nats per latent element.
+      One KL a sample, in nats; of "mean" per latent element.
     """
     axes = tuple(range(1, mean.ndim))
     difference = mean.astype(jnp.float32) - mean_reference.astype(jnp.float32)
-    square = jnp.mean(jnp.square(difference), axis=axes)
+    reduce = {"mean": jnp.mean, "sum": jnp.sum}[reduction]
+    square = reduce(jnp.square(difference), axis=axes)
     return square / (2.0 * jnp.square(std.astype(jnp.float32)))
 
 

@@ -303,6 +303,8 @@ def test_step_kl_is_a_mean_over_latent_axes_with_one_std_a_sample():
     expected = square.mean((1, 2)) / (2 * np.asarray(std) ** 2)
     np.testing.assert_allclose(step_kl(mean, reference, std), expected, rtol=1e-5)
     np.testing.assert_array_equal(step_kl(mean, mean, std), 0.0)
+    total = step_kl(mean, reference, std, "sum")
+    np.testing.assert_allclose(total, expected * 4 * 5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("log_prob", [0.3, -0.37, 0.9, -1.2])
