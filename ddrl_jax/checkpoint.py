@@ -274,8 +274,8 @@ class Checkpoints:
             f"the checkpoint of epoch {failed} could not be written to {self.root}",
             got=f"{orbax_log.first_line(error)} ({free / 1e6:.0f} MB free)",
             wanted=f"a writable disk with about {self._bytes / 1e6:.0f} MB free",
-            way_out="make room, or lower --config.checkpoint.keep, and run the same "
-            f"command again: it goes on from {last}",
+            way_out="make room (of the checkpoints only the newest is needed) and run "
+            f"the same command again: it goes on from {last}",
         ) from error
 
     def _damaged(self, epoch: int, reason: object, epochs: list[int]) -> UserError:

@@ -48,7 +48,8 @@ def record(
 ) -> dict[str, Any]:
     """Describes a checkpoint, with a checksum of the description itself.
 
-    Every process has to call it, and finds the same.
+    Every process has to call it and finds the same checksums; of the cursor, which
+    holds times, what process 0 writes counts.
 
     Args:
       epoch: the epoch of the checkpoint.

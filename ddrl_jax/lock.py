@@ -51,8 +51,8 @@ class Lock:
       path: of its file.
       pace: in seconds.
       say: prints a line for the user.
-      lost: called in the thread of the beats when another run has taken the lock over,
-        with who; by default it ends this process.
+      lost: called in the thread of the beats, with why, when another run has taken the
+        lock over or its file is removed; by default it ends this process.
 
     Raises:
       UserError: a living run holds it.
@@ -165,9 +165,12 @@ class Lock:
         while not self._done.wait(self._pace.beat):
             owner = _read(self._path)
             if owner is not None and owner.get("token") != self._me["token"]:
-                self._lost(_name(owner))
+                self._lost(f"{_name(owner)} has taken over the workdir")
                 return
             try:
+                if os.fstat(self._handle).st_nlink == 0:
+                    self._lost(f"{self._path.parent} was removed")
+                    return
                 self._beat()
             except OSError as error:  # the next beat may succeed
                 if not told:
@@ -270,7 +273,7 @@ def _print(line: str) -> None:
     print(f"ddrl_jax: {line}", file=sys.stderr, flush=True)
 
 
-def _end(by: str) -> None:
-    """Nothing may be written any more into a folder that another run has."""
-    _print(f"error: {by} has taken over the workdir: this process was silent too long")
+def _end(why: str) -> None:
+    """Nothing may be written any more into a folder that another run has, or none."""
+    _print(f"error: the lock of the run is lost: {why}")
     os._exit(EXIT_ERROR)

@@ -27,7 +27,7 @@ class Preemption:
     """
 
     def __init__(self) -> None:
-        self.requested = self.agreed = False
+        self.requested = self.agreed = self._interrupted = False
         self.signal_name: str | None = None
         self._old: dict[int, object] = {}
 
@@ -59,9 +59,11 @@ class Preemption:
         return self.agreed
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self.requested:
-            if number == signal.SIGINT:
+        if number == signal.SIGINT:
+            if self._interrupted:
                 raise KeyboardInterrupt
+            self._interrupted = True
+        if self.requested:
             return
         self.requested = True
         self.signal_name = signal.Signals(number).name

@@ -103,7 +103,7 @@ def run(
     ):
         if epoch == 0:
             finish(evaluation, state, metrics, 0, {}, due=True)
-        if line is not None:  # left by a notice
+        if line is not None:  # saved, but not evaluated and written before the end
             due = is_due(config, epoch)
             line = finish(evaluation, state, metrics, epoch, line, due)
         timer.epoch()  # what came before belongs to no epoch
@@ -136,7 +136,8 @@ def run(
             if line is not None:
                 break
             bar.update(epoch, values)
-    save(checkpoints, epoch, state, tracker, program, force=True, line=line)
+        # before the writers close: a notice leaves little time, and that may fail
+        save(checkpoints, epoch, state, tracker, program, force=True, line=line)
     if stop.agree():
         checkpoints.wait()
         if is_main():

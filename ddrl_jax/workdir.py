@@ -1,5 +1,6 @@
 """The folder of one run: its config, its lock and the names of what lies in it."""
 
+import errno
 import json
 import os
 import sys
@@ -35,6 +36,8 @@ _FREE = (
     "train.microbatch",
 )
 _ABSENT = "(no such key)"
+# Keys that a run of an earlier version does not have, and what it did.
+_MEANT = {"optimizer.name": "adamw"}
 
 
 class Workdir:
@@ -176,6 +179,7 @@ def differing_keys(
     Returns:
       {key: (stored, wanted)}, sorted.
     """
+    stored = {k: v for k, v in _MEANT.items() if k in wanted} | dict(stored)
     keys = sorted(stored.keys() | wanted.keys())
     pairs = {key: (stored.get(key, _ABSENT), wanted.get(key, _ABSENT)) for key in keys}
     longer = wanted.get("train.epochs", 0) >= stored.get("train.epochs", 0)
@@ -293,12 +297,16 @@ def _listed(found: Mapping[str, tuple[Any, Any]]) -> list[str]:
 def _compare_config(workdir: Workdir, wanted: dict[str, Any]) -> None:
     """Refuses another config where a run has begun, else says what replaces it."""
     found = differing_keys(_stored(workdir), wanted)
+    other_version = "; one that is not there: go on with the version of the stored run"
     if found and _begun(workdir):
         raise UserError(
             f"{workdir.root} holds a run with another config",
             got="\n           ".join(_listed(found)),
             wanted="the config stored in its config.json",
-            way_out="use another --workdir, or set these keys as stored",
+            way_out="use another --workdir, or set these keys as stored"
+            + (
+                other_version if any(_ABSENT in pair for pair in found.values()) else ""
+            ),
         )
     if found:
         head = f"in place of a start that came to nothing in {workdir.root}:"
@@ -328,9 +336,12 @@ def _nested(flat: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _unusable(root: Path, got: object, wanted: str) -> UserError:
+    full = isinstance(got, OSError) and got.errno in (errno.ENOSPC, errno.EDQUOT)
     return UserError(
         f"the workdir {root} can not be used",
         got=got,
-        wanted=wanted,
-        way_out="name another folder with --workdir",
+        wanted="a disk with room" if full else wanted,
+        way_out="make room and run the same command again"  # a run there goes on
+        if full
+        else "name another folder with --workdir",
     )

@@ -192,9 +192,23 @@ def test_who_has_lost_the_lock_is_told_and_leaves_it_alone(path):
     draft = path.with_name("other")
     Other(draft)
     draft.replace(path)
-    assert lost.wait(20) and names == ["process 4 on vm-7"]
+    assert lost.wait(20) and names == ["process 4 on vm-7 has taken over the workdir"]
     held.close()
     assert json.loads(path.read_text())["token"] == "far"
+
+
+def test_a_folder_that_is_removed_ends_the_run(path):
+    lost, whys = threading.Event(), []
+
+    def leave(why):
+        whys.append(why)
+        lost.set()
+
+    held = Lock(path, QUICK, lost=leave)
+    path.unlink()
+    assert lost.wait(20) and whys == [f"{path.parent} was removed"]
+    held.close()
+    assert not path.exists()
 
 
 def test_a_beat_that_fails_is_told_once_and_tried_again(path, said, monkeypatch):

@@ -27,6 +27,15 @@ def test_more_sigterms_change_nothing(capfd):
     assert capfd.readouterr().err.count("SIGTERM") == 1
 
 
+def test_the_first_ctrl_c_after_a_sigterm_does_not_end_it():
+    with Preemption() as stop:
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stop.requested and stop.signal_name == "SIGTERM"
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+
+
 def test_ctrl_c_twice_ends_at_once():
     with Preemption() as stop:
         os.kill(os.getpid(), signal.SIGINT)

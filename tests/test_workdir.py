@@ -201,6 +201,26 @@ def test_keys_of_another_version_are_named():
     assert found == {"new": ("(no such key)", 3), "old": (1, "(no such key)")}
 
 
+def test_a_run_from_before_there_was_a_choice_of_optimizer_goes_on(tmp_path):
+    start(tmp_path)
+    stored = json.loads((tmp_path / "config.json").read_text())
+    del stored["optimizer"]["name"]
+    (tmp_path / "config.json").write_text(json.dumps(stored))
+    with pytest.raises(UserError, match="optimizer.name"):
+        start(tmp_path, **{"optimizer.name": "muon"})
+    start(tmp_path)
+
+
+def test_a_run_with_a_key_that_is_not_there_any_more_names_its_version(tmp_path):
+    start(tmp_path)
+    stored = json.loads((tmp_path / "config.json").read_text())
+    stored["optimizer"]["old"] = 1
+    (tmp_path / "config.json").write_text(json.dumps(stored))
+    with pytest.raises(UserError) as error:
+        start(tmp_path)
+    assert "the version of the stored run" in error.value.way_out
+
+
 def test_a_torn_config_is_refused(tmp_path):
     start(tmp_path)
     (tmp_path / "config.json").write_text('{"seed": ')
