@@ -20,6 +20,7 @@ DDRL = {
 }
 WEIGHTS = {  # policy, KL, data
     "ddpo": (1.0, 0.0, 0.0),
+    "ddpo_young": (1.0, 0.0, 0.0),
     "kl": (1.0, 0.1, 0.0),
     "ddrl": (1.0, 0.0, 0.01),
     "ddrl_more": (1.0, 0.0, 0.03),

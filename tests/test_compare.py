@@ -254,6 +254,36 @@ def test_a_collapse_that_nobody_could_see_is_not_said_to_be_none(tmp_path, ddpo,
     assert "never" not in bars and "nan" not in text
 
 
+def test_an_arm_that_has_only_begun_is_not_the_reference(tmp_path):
+    curves = {"ddpo_young": shifted(DDPO, epochs=(0,)), "ddpo": DDPO, "ddrl": DDRL}
+    found, bars, _ = bars_of(tmp_path, **curves)
+    assert [v.arm for v in found] == ["ddrl"] and found[0].horizon is not None
+    assert "left out here: ddpo_young seed 0." in bars
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_a_loss_that_one_seed_lacks_decides_nothing(tmp_path, seed):
+    lost = shifted(DDRL, loss=(0.2, 0.2, None, 0.2))
+    for other in (0, 1):
+        write(tmp_path, "ddpo", DDPO, other)
+        write(tmp_path, "ddrl", lost if other == seed else DDRL, other)
+    (found,) = compare.verdicts(load(tmp_path, ("ddpo", "ddrl"), (0, 1)))
+    assert np.isnan(found.data_loss) and found.anchored is None
+
+
+@pytest.mark.parametrize("arm", ["ddpo", "ddrl"])
+def test_a_seed_that_has_only_begun_takes_no_verdict_away(tmp_path, arm):
+    for name, curve in (("ddpo", DDPO), ("ddrl", DDRL)):
+        write(tmp_path, name, curve, 0)
+        write(tmp_path, name, shifted(curve, epochs=(0,)) if name == arm else curve, 1)
+    runs = load(tmp_path, ("ddpo", "ddrl"), (0, 1))
+    (found,) = compare.verdicts(runs)
+    text = compare.write_table(runs, tmp_path / "t.md").read_text()
+    assert found.seeds == 1 and "| never |" in text
+    label = {"ddpo": "DDPO", "ddrl": "DDRL 0.01"}[arm]
+    assert f"left out here: {label} seed 1." in text
+
+
 def test_of_an_arm_that_was_not_judged_there_is_no_verdict(tmp_path):
     curves = {"ddpo": shifted(DDPO, **NO_LOSS), "ddrl": shifted(DDRL, **NO_LOSS)}
     found, bars, text = bars_of(tmp_path, control=shifted(DDRL, **BLIND), **curves)

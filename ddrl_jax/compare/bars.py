@@ -58,6 +58,14 @@ def first_collapse(run: Run) -> int | None:
     return int(run.calls[found[0]]) if found.size else None
 
 
+def evaluated(runs: Runs) -> dict[str, list[Run]]:
+    """The runs that have an evaluation after their first, of the base; by arm."""
+    kept = {
+        arm: [r for r in of_arm if len(r.steps) > 1] for arm, of_arm in runs.items()
+    }
+    return {arm: of_arm for arm, of_arm in kept.items() if of_arm}
+
+
 def judged(run: Run) -> bool:
     """Whether a collapse would be seen: retrieval or held-out data loss is there.
 
@@ -71,9 +79,11 @@ def verdicts(runs: Runs) -> list[Verdict]:
     """Both bars for every arm against the first arm without an anchor.
 
     Returns:
-      A verdict for each other arm of which a collapse would be seen; none where no arm
-      is without an anchor, or would not show its own.
+      A verdict for each other arm of which a collapse would be seen, over the seeds
+      that are evaluated after their start; none where no arm is without an anchor, or
+      would not show its own.
     """
+    runs = evaluated(runs)
     free = [arm for arm, of_arm in runs.items() if role(of_arm[0].config) == "DDPO"]
     if not free or not all(map(judged, runs[free[0]])):
         return []
@@ -103,7 +113,7 @@ def _verdict(arm: str, runs: Sequence[Run], reference: dict[int, Run]) -> Verdic
         calls=int(min(run.calls[-1] for run in runs)),
         horizon=horizon,
         collapsed=tuple(first_collapse(run) for run in runs),
-        data_loss=float(max(np.max(run.relative("data_loss")) for run in runs)),
+        data_loss=float(np.max([np.max(run.relative("data_loss")) for run in runs])),
         fall=float(np.mean(falls)),
         retrieval=float(np.mean(mine)),
         reference=float(np.mean(reached)) if len(reached) == len(runs) else None,
@@ -114,8 +124,18 @@ def _verdict(arm: str, runs: Sequence[Run], reference: dict[int, Run]) -> Verdic
         anchored=None,
         kept=None,
     )
-    doubled = all(np.max(o.relative("data_loss")) > COLLAPSED_DATA_LOSS for o in others)
-    return verdict._replace(anchored=_anchored(verdict, doubled), kept=_kept(verdict))
+    doubled = [_doubled(other) for other in others]
+    all_doubled = None if None in doubled else all(doubled)
+    return verdict._replace(
+        anchored=_anchored(verdict, all_doubled), kept=_kept(verdict)
+    )
+
+
+def _doubled(run: Run) -> bool | None:
+    """Whether the data loss went above twice the base's; None: it is not known."""
+    loss = run.relative("data_loss")[1:]
+    known = loss[np.isfinite(loss)]
+    return bool(np.max(known) > COLLAPSED_DATA_LOSS) if known.size else None
 
 
 def _tail(run: Run, metric: str) -> float:
@@ -123,7 +143,7 @@ def _tail(run: Run, metric: str) -> float:
     return float(np.mean(run.values[metric][1:][-TAIL:]))
 
 
-def _anchored(verdict: Verdict, doubled: bool) -> bool | None:
+def _anchored(verdict: Verdict, doubled: bool | None) -> bool | None:
     if any(calls is not None for calls in verdict.collapsed):
         return False
     if verdict.data_loss > KEPT_DATA_LOSS:

@@ -12,6 +12,7 @@ from ddrl_jax.compare.bars import (
     KEPT_DATA_LOSS,
     LONGER,
     TAIL,
+    evaluated,
     first_collapse,
     judged,
     verdicts,
@@ -118,14 +119,17 @@ def _sampler(config: Mapping[str, object]) -> str:
 
 def _bars(runs: Runs, summaries: Mapping[str, Summary]) -> Iterator[str]:
     yield "## Bars\n"
-    found = verdicts(runs)
+    found, young = verdicts(runs), _young(runs, summaries)
+    runs = evaluated(runs)
+    if young:
+        yield f"Evaluated only before training, and left out here: {young}.\n"
     if not found:
         yield (
             "Not computed: there is no arm without an anchor beside another one, or "
             "neither retrieval nor held-out data loss was measured."
         )
         return
-    arm = next(arm for arm, s in summaries.items() if s.role == "DDPO")
+    arm = next(arm for arm in runs if summaries[arm].role == "DDPO")
     free, ends = summaries[arm].label, [first_collapse(run) for run in runs[arm]]
     yield (
         f"{free} collapses at {_calls(ends)} reward calls (each seed), which is "
@@ -154,9 +158,14 @@ def _bars(runs: Runs, summaries: Mapping[str, Summary]) -> Iterator[str]:
             _word(v.kept),
         )  # fmt: skip
         yield f"| {' | '.join(cells)} |"
-    blind = [s.label for a, s in summaries.items() if not all(map(judged, runs[a]))]
+    blind = [summaries[a].label for a, rs in runs.items() if not all(map(judged, rs))]
     if blind:
         yield f"\nNeither retrieval nor data loss was measured of {', '.join(blind)}."
+
+
+def _young(runs: Runs, summaries: Mapping[str, Summary]) -> str:
+    new = [(arm, run.seed) for arm in runs for run in runs[arm] if len(run.steps) < 2]
+    return ", ".join(f"{summaries[arm].label} seed {seed}" for arm, seed in new)
 
 
 def _values(summaries: Mapping[str, Summary]) -> Iterator[str]:
