@@ -26,13 +26,12 @@ from jax.sharding import PartitionSpec as P
 
 from ddrl_jax.errors import TryAgain, UserError
 from ddrl_jax.interfaces import Scores
-from ddrl_jax.surroundings import Place, check_alone
+from ddrl_jax.surroundings import Place, check_alone, is_lone_task
 from ddrl_jax.watch import FOREVER_MS, Rank, Watch
 
 HEARTBEAT = 45  # seconds until JAX aborts the others of a process that stands still;
 # Watch is sooner where it has ended or its machine is gone
 ARRIVAL = 300  # seconds that the processes of a run may take to come together
-TASKS = ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE")  # how many a cluster has started
 TEXT_BYTES = 512  # of what a process tells the others
 T = TypeVar("T")
 
@@ -79,7 +78,7 @@ def _initialize(where: Place | None) -> bool:
     if where is not None and where.processes == 1:
         return False
     # Of a lone task a cluster would make one process a device, and hide the others.
-    if where is None and "1" in map(os.environ.get, TASKS):
+    if where is None and is_lone_task(os.environ):
         return False
     # Through a web proxy gRPC would not reach the coordinator; empty means none, and
     # only to gRPC: downloads keep the proxy. JAX warns of every variable of that kind,
@@ -185,15 +184,16 @@ def meet(mesh: Mesh) -> None:
 def main_first(work: Callable[[], T]) -> T:
     """Runs work on process 0, then on the others, which find what it has written.
 
-    However long it takes: an operation of devices would wait for its other side only as
-    long as its library does.
+    Returns when all are done. However long it takes: an operation of devices would wait
+    for its other side only as long as its library does.
     """
-    if is_main():
-        found = work()
+    if not is_main():
         _wait_for_all("main_first")
-        return found
-    _wait_for_all("main_first")
-    return work()
+    found = work()
+    if is_main():
+        _wait_for_all("main_first")
+    _wait_for_all("main_first_done")
+    return found
 
 
 def _wait_for_all(name: str) -> None:

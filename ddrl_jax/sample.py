@@ -3,6 +3,7 @@
 import sys
 from collections import deque
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from ddrl_jax.errors import UserError
 from ddrl_jax.evaluate import chunks_of, make_sampler
 from ddrl_jax.finite import SHOWN
 from ddrl_jax.learner import TrainState
+from ddrl_jax.lock import Lock
 from ddrl_jax.program import Program, build
 from ddrl_jax.resume import start
 from ddrl_jax.sharding import to_host
@@ -43,15 +45,39 @@ def sample_mode(config: Any, workdir: str) -> None:
     with open_workdir(workdir, config, mode="sample") as home:
         output = Path(config.sample.output or home.root / "dataset")
         refuse_existing(output)  # before anything is built
-        program = build(without_data(config))
-        checkpoints = Checkpoints(home.checkpoints, 0, 1, read_only=True)
-        state = start(program, checkpoints).state
-        drawn = _draw(program, state)
-        if not is_main():  # helps to draw, and process 0 writes
-            deque(drawn, maxlen=0)
-            return
-        count = write_samples(output, drawn)
+        with _held(output):
+            program = build(without_data(config))
+            checkpoints = Checkpoints(home.checkpoints, 0, 1, read_only=True)
+            state = start(program, checkpoints).state
+            drawn = _draw(program, state)
+            if not is_main():  # helps to draw, and process 0 writes
+                deque(drawn, maxlen=0)
+                return
+            count = write_samples(output, drawn)
     print(f"{count} samples of {len(program.prompts)} prompts: {output}", flush=True)
+
+
+@contextmanager
+def _held(output: Path) -> Iterator[None]:
+    """Keeps off a run of another workdir that is to write to the same place."""
+    if not is_main():
+        yield
+        return
+    output.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        lock = Lock(output.with_name(f".{output.name}.lock"))
+    except UserError as error:
+        raise UserError(
+            f"another run is writing the data set {output}",
+            got=error.got,
+            wanted="one run a data set",
+            way_out="wait for it, stop it, or set another --config.sample.output",
+        ) from error
+    try:
+        refuse_existing(output)  # whom the lock waited for has written it
+        yield
+    finally:
+        lock.close()
 
 
 def _draw(
@@ -85,7 +111,6 @@ def _not_finite(program: Program, rows: np.ndarray) -> UserError:
         "samples are NaN or infinite and have no picture",
         got=f"{len(rows)} of a batch, of the prompts {prompts}",
         wanted="finite latents",
-        way_out="try --config.model.dtype=float32, a lower "
-        "--config.sample.guidance_scale or more --config.sample.steps; nothing is "
-        "written",
+        way_out="try a lower --config.sample.guidance_scale or more "
+        "--config.sample.steps; nothing is written",
     )

@@ -17,6 +17,8 @@ COUNTS = {
     "PMI_SIZE": "MPICH",
     "JAX_PROCESS_COUNT": "xpk",
 }
+# Those of them that JAX reads, in its order: one may have started the other.
+CLUSTERS = ("OMPI_COMM_WORLD_SIZE", "SLURM_NTASKS")
 # And how they say which one this is.
 RANKS = (
     "NODE_RANK",
@@ -139,6 +141,17 @@ def check_platform(wanted: str, found: str) -> None:
         '(docker run --gpus=all); pip install -e ".[gpu]" or ".[gpu-cuda12]" by the '
         f"driver; JAX_PLATFORMS={found} runs on {found}",
     )
+
+
+def is_lone_task(environment: Mapping[str, str]) -> bool:
+    """Whether the innermost of the clusters that JAX knows has started this one only.
+
+    Args:
+      environment: os.environ. mpirun within one task of Slurm leaves both counts there,
+        and its own is the one that holds.
+    """
+    counts = [environment[name] for name in CLUSTERS if name in environment]
+    return counts[:1] == ["1"]
 
 
 def check_alone(environment: Mapping[str, str]) -> None:

@@ -10,9 +10,10 @@ import pytest
 from ddrl_jax import distributed
 from ddrl_jax.distributed import summed, whole_scores
 from ddrl_jax.errors import UserError
-from ddrl_jax.interfaces import Scores
+from ddrl_jax.interfaces import DataSource, Scores
 from ddrl_jax.sharding import AXES, Held, make_mesh, place_batch, place_fetched, to_host
-from ddrl_jax.surroundings import Place, place
+from ddrl_jax.sources import in_short
+from ddrl_jax.surroundings import Place, is_lone_task, place
 
 # ---- where a process stands
 
@@ -111,6 +112,33 @@ def test_who_differs_is_named_with_host_and_key(monkeypatch):
     distributed.check_agreement({"seed": 7})  # one row: all equal
 
 
+DATA = DataSource(("a", "b"), lambda *_: None, digest="0123")
+OTHERS = {
+    "the data": DATA._replace(digest="4567"),
+    "the captions of the data": DATA._replace(captions=("b", "a")),
+}
+
+
+@pytest.mark.parametrize("what", OTHERS)
+def test_who_reads_other_data_is_told(what, monkeypatch):
+    """As on two hosts with a folder of their own under the same name."""
+    monkeypatch.setattr(distributed, "every", Gathering(2))
+    monkeypatch.setattr(distributed.jax, "process_count", lambda: 2)
+
+    def told(sources):
+        with ThreadPoolExecutor(2) as pool:
+            calls = [
+                pool.submit(distributed.check_agreement, in_short(source))
+                for source in sources
+            ]
+            return [call.exception() for call in calls]
+
+    assert told([DATA, DATA]) == told([None, None]) == [None, None]
+    for error in told([DATA, OTHERS[what]]):
+        assert isinstance(error, UserError)
+        assert f"differs in {what}\n" in str(error)
+
+
 def test_alone_nothing_is_gathered():
     odd = np.array([[1.5, np.nan]], np.float64)
     np.testing.assert_array_equal(distributed.every(odd), odd[None])
@@ -165,6 +193,15 @@ def test_the_one_task_of_a_cluster_keeps_all_of_its_devices(name, monkeypatch):
     monkeypatch.setenv(name, "2")
     with pytest.raises(AssertionError, match="it was joined"), distributed.joined(None):
         pass
+
+
+@pytest.mark.parametrize(
+    ("slurm", "mpi", "alone"),
+    [("1", "4", False), ("4", "1", True), ("1", None, True), (None, None, False)],
+)
+def test_the_innermost_launcher_says_whether_a_task_is_alone(slurm, mpi, alone):
+    given = {"SLURM_NTASKS": slurm, "OMPI_COMM_WORLD_SIZE": mpi}
+    assert is_lone_task({k: v for k, v in given.items() if v is not None}) is alone
 
 
 # ---- what they count

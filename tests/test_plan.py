@@ -23,7 +23,7 @@ from ddrl_jax.plan.lowered import (
     compile_phase,
     describe,
 )
-from ddrl_jax.plan.memory import fits, resident
+from ddrl_jax.plan.memory import chunks_of_epoch, fits, resident
 from ddrl_jax.plan.roofline import bounds, sent
 from ddrl_jax.plan.search import Shown, meshes, suggest
 from ddrl_jax.plan.sizes import bytes_per_device
@@ -139,6 +139,7 @@ def test_sparse_rwr_rolls_out_all_samples_and_fits_the_kept_ones():
     plan = describe(configured(TINY_RUN | edits))
     rollout, update = plan.phases
     assert (rollout.calls, plan.chunks, len(update.arguments[-1])) == (40, 2, 2)
+    assert chunks_of_epoch(plan) == 40  # all, until the last is judged
 
 
 def test_the_devices_are_there_before_a_check_starts_jax(monkeypatch):

@@ -119,6 +119,9 @@ def test_only_meshes_that_the_program_takes_are_suitable():
     v5p = CHIPS["v5p"]
     taken = [n for n in (1, 2, 3, 4, 5, 8) if suitable(config, ONE | {"data": n}, v5p)]
     assert taken == [1, 3, 4, 8]
+    config.model.attention = "ring"  # with one shard of tokens there is none
+    assert not suitable(config, ONE | {"data": 4}, v5p)
+    assert suitable(config, ONE | {"context": 4}, v5p)
 
 
 def test_a_tpu_compiler_is_only_asked_for_slices_that_it_knows():

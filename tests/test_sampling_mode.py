@@ -13,6 +13,7 @@ from ddrl_jax.checkpoint import Checkpoints
 from ddrl_jax.data.emoji import read_emoji
 from ddrl_jax.errors import UserError
 from ddrl_jax.export import export_mode
+from ddrl_jax.lock import Lock
 from ddrl_jax.models.emoji import emoji_pipeline, read_params
 from ddrl_jax.objectives.advantages import PerPromptTracker
 from ddrl_jax.program import build
@@ -63,6 +64,17 @@ def sampled(tmp_path_factory):
     workdir = tmp_path_factory.mktemp("sampled")
     sample_mode(settings(), str(workdir))
     return workdir
+
+
+def test_two_runs_do_not_write_to_one_place(tmp_path, monkeypatch):
+    monkeypatch.setattr(sample, "build", no_build)
+    lock = Lock(tmp_path / ".set.lock")
+    try:
+        with pytest.raises(UserError, match="another run is writing"):
+            config = settings(sample__output=str(tmp_path / "set"))
+            sample_mode(config, str(tmp_path / "w"))
+    finally:
+        lock.close()
 
 
 def test_every_prompt_has_its_samples_in_order(sampled):

@@ -30,8 +30,9 @@ def fits(peak: float | int, chip: Chip) -> bool:
 
 
 def chunks_of_epoch(plan: Abstract) -> int:
-    """Chunks that an epoch samples, of all its minibatches."""
-    return plan.chunks * plan.config.train.minibatches
+    """Chunks that an epoch samples, also those that sparse RWR drops before it fits."""
+    prompts = plan.config.prompts
+    return prompts.per_epoch * prompts.group_size // plan.chunk.keys.shape[0]
 
 
 def resident(plan: Abstract) -> dict[str, int]:

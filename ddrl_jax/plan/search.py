@@ -16,6 +16,7 @@ from jax.sharding import AbstractMesh
 from ddrl_jax.check_network import video_tokens
 from ddrl_jax.chips import Chip
 from ddrl_jax.errors import UserError
+from ddrl_jax.models.attention import DIVIDING
 from ddrl_jax.plan.links import lay
 from ddrl_jax.plan.lowered import Abstract, Compiled, compile_phase, describe
 from ddrl_jax.plan.memory import fits, own, peak, resident
@@ -74,6 +75,8 @@ def suitable(
         tokens = video_tokens(config.model)
         if config.model.heads % ways or tokens % mesh["context"]:
             return False
+    if config.model.attention in DIVIDING and mesh["context"] == 1:
+        return False
     share = minibatch // _shares(mesh)
     if minibatch % _shares(mesh) or share % min(config.train.microbatch, share):
         return False
