@@ -201,7 +201,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--variant", default="", help="smoke: in seconds, on noise")
     parser.add_argument("--epochs", type=int, default=6)
-    parser.add_argument("--out", default="benchmarks/results")
+    parser.add_argument("--out", default="", help="benchmarks/results, of smoke here")
     options = parser.parse_args()
     if options.epochs < 2:
         parser.error("--epochs must be at least 2: the first one compiles")
@@ -212,7 +212,7 @@ def main() -> None:
         warm = measure(options.variant, 1, cache, base / "warm")
     command = " ".join(["python -m benchmarks.profile_epoch", *sys.argv[1:]])
     text = page(command, cold, warm)
-    out = Path(options.out)
+    out = Path(options.out or ("." if options.variant else "benchmarks/results"))
     out.mkdir(parents=True, exist_ok=True)
     (out / "profile.md").write_text(text)
     print(text)

@@ -33,6 +33,7 @@ from ddrl_jax.errors import UserError  # noqa: E402
 
 PAUSE = 1.0  # seconds between two looks at the runs
 REPORT = 60.0  # seconds between two lines of progress
+SEEDS = [0, 1, 2]
 GRACE = 600.0  # seconds a stopped run may take to save
 
 
@@ -294,15 +295,19 @@ def parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
         allow_abbrev=False,  # --seed must not pass for --seeds
     )
     flags.add_argument("--arms", nargs="+", choices=tuple(ARMS), default=list(ARMS))
-    flags.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    flags.add_argument("--seeds", nargs="+", type=int, default=SEEDS)
     flags.add_argument("--processes", type=int, default=2)
     flags.add_argument("--workdir", default="runs/hacking")
-    flags.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
+    flags.add_argument("--out", type=Path, help="benchmarks/results for all runs")
     flags.add_argument("--smoke", action="store_true", help="every arm in seconds")
     options, keys = flags.parse_known_args(arguments)
     for key in keys:
         if not key.startswith("--config.") or "=" not in key:
             flags.error(f"got {key}, wanted a flag above or --config.KEY=VALUE")
+    whole = options.arms == list(ARMS) and options.seeds == SEEDS and not keys
+    if options.out is None:  # a part is no result to put in the place of the whole
+        results = ROOT / "benchmarks" / "results"
+        options.out = ROOT / options.workdir if options.smoke or not whole else results
     if options.processes < 1:
         flags.error(f"got --processes {options.processes}, wanted at least 1")
     return options, keys

@@ -1,6 +1,6 @@
 """Reward hacking and what holds it back: arms that differ in their anchor alone.
 
-    python -m ddrl_jax.main --config=configs/hacking.py:ddrl_mid --workdir=runs/one_arm
+    python -m ddrl_jax.main --config=configs/hacking.py:ddrl_low --workdir=runs/one_arm
     python benchmarks/reward_hacking.py      # all arms and seeds, table and figures
 
 JPEG compressibility of emoji, which a policy without an anchor maximises by wiping its
@@ -12,9 +12,9 @@ asks for no reward. Kernel, trained steps, prompts, noise, optimizer and evaluat
 the same for all, and with the same seed the control sees the emoji of the ddrl arms in
 the same order.
 
-Numbers and hours are in benchmarks/results/reward_hacking.md; how the trained steps, the
-evaluation and the data weights were chosen (with seed 0), in README.
-"ARM-smoke" is an arm in seconds. Without a variant the arm is ddrl_mid.
+Numbers and hours are in benchmarks/results/reward_hacking.md; how the trained steps,
+the evaluation and the data weights were chosen (with seed 0), in README.
+"ARM-smoke" is an arm in seconds. Without a variant the arm is ddrl_low.
 """
 
 from ml_collections import ConfigDict
@@ -27,8 +27,7 @@ ARMS = {
     "ddpo": (1.0, 0.0, 0.0),
     "kl_low": (1.0, 0.01, 0.0),
     "kl_high": (1.0, 0.1, 0.0),
-    "ddrl_low": (1.0, 0.0, 0.005),
-    "ddrl_mid": (1.0, 0.0, 0.01),
+    "ddrl_low": (1.0, 0.0, 0.015),
     "ddrl_high": (1.0, 0.0, 0.02),
     # AdamW divides by the size of the gradient, so the weight of an only term is free
     "control": (0.0, 0.0, 0.01),
@@ -39,14 +38,14 @@ def get_config(variant: str = "") -> ConfigDict:
     check_variant(variant, (*ARMS, "smoke", *(f"{arm}-smoke" for arm in ARMS)))
     size = "smoke" if variant.endswith("smoke") else ""
     arm = variant.removesuffix("smoke").removesuffix("-")
-    policy, kl, data = ARMS[arm or "ddrl_mid"]
+    policy, kl, data = ARMS[arm or "ddrl_low"]
     c = base.get_config()
     c.name = f"hacking:{arm}" if arm else "hacking"
     c.policy.update(weight=policy, kl_weight=kl)
     c.data_term.weight = data
 
-    # From here on the same for all arms. The unanchored one has collapsed by epoch 21
-    # at the latest, so that 63 epochs are three times the calls that collapse it.
+    # From here on the same for all arms. The unanchored one has collapsed by epoch 14:
+    # 63 are four and a half times the calls that collapse it.
     c.train.epochs = 63
     c.prompts.update(limit=64, per_epoch=8, group_size=8)
     c.sampler.update(kernel="flow_grpo", steps=10, noise_level=0.7)

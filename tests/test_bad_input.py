@@ -81,6 +81,7 @@ ARGUMENTS = {
     "value apart": ([SMOKE, "--workdir=w", "--config.log.progress", "0"], "got:     0"),
     "flagfile": ([SMOKE, "--workdir=w", "--flagfile=none.txt"], "none.txt"),
     "config of a long name": ([f"--config={300 * 'x'}", "--workdir=w"], "too long"),
+    "config of nobody": (["--config=~no-such-user/x.py", "--workdir=w"], "--config "),
     "report of a long name": ([f"--workdir={300 * 'x'}", "--mode=report"], "too long"),
     "report of nothing": (["--workdir=none", "--mode=report"], "is not a workdir"),
 }
@@ -322,6 +323,7 @@ def test_a_workdir_that_can_not_be_written(refused_workdir, tmp_path):
 def test_a_full_disk(name, refused_workdir, tmp_path):
     (tmp_path / name).symlink_to("/dev/full")  # writing there is refused by the kernel
     refused_workdir("No space left on device", tmp_path)
+    refused_workdir("make room and run the same command again", tmp_path)
 
 
 def test_a_workdir_of_another_run(refused_workdir, tmp_path):
