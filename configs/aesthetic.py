@@ -3,7 +3,7 @@
     python -m ddrl_jax.main --config=configs/aesthetic.py --workdir=runs/aesthetic
 
 arXiv 2305.13301, section 5.1. The score is a linear head on CLIP ViT-L/14, computed on
-device. Variants and what they set: configs/ddpo_sd.py.
+device. Variants and what they set: configs/ddpo_sd.py. Not run at full size yet.
 """
 
 from ml_collections import ConfigDict

@@ -36,9 +36,10 @@ def get_config(variant: str = "") -> ConfigDict:
     c.model.attention = "auto"  # by backend, dtype, lengths and mesh one of "xla",
     # "chunked" (memory of 1,024 queries at a time), "cudnn" (NVIDIA), "splash" (TPU),
     # and where mesh.context > 1 "ulysses" (if it divides the heads) or "ring"
-    c.model.remat = "none"  # what a block keeps for its gradient: "none" (recompute
-    # nothing) | "full" (all) | "dots" (keep products with weights) | "named" (keep the
-    # outputs of its layers) | "offload" (keep them in the memory of the host)
+    c.model.remat = "none"  # what a block keeps for its gradient: "none" (everything;
+    # the policy term still computes its forward pass twice) | "full" (its input only) |
+    # "dots" (products with weights) | "named" (the outputs of its layers) | "offload"
+    # (those, in the memory of the host)
 
     c.model.video = ConfigDict()  # video_dit
     c.model.video.frames = 21  # of latents
@@ -57,9 +58,10 @@ def get_config(variant: str = "") -> ConfigDict:
     c.lora.base_dtype = "compute"
 
     c.data = ConfigDict()
-    c.data.source = "emoji"  # "emoji" (shipped), "samples" (data.path written by
-    # --mode=sample), "none" (only where data_term.weight is 0), and for
-    # stable_diffusion "folder" (captioned pictures) or "tfds" (a prepared data set)
+    c.data.source = "emoji"  # "emoji" (shipped, of the emoji model), "samples"
+    # (data.path written by --mode=sample), "none" (where data_term.weight is 0 and
+    # prompts.source is not "data"), and for stable_diffusion "folder" (captioned
+    # pictures) or "tfds" (a prepared data set)
     c.data.path = ""  # of the samples, the folder, or the data set (or its name)
     c.data.split = "train"  # tfds
     c.data.image_feature = "image"  # tfds
@@ -161,10 +163,10 @@ def get_config(variant: str = "") -> ConfigDict:
     c.policy.reduction = "mean"  # over the latent axes: "mean" | "sum"
     c.policy.transform = "linear"  # "linear" | "neg_exp" | "neg_exp_centered"
     c.policy.beta = 1.0  # advantages are divided by it (DDRL's temperature)
-    c.policy.old_log_prob = "rollout"  # "rollout" | "recompute" | "exact" (each sample
-    # is used once). policy/rollout_gap is the largest distance of the last two to the
-    # rollout's, of "exact" in an epoch's first minibatch
-    c.policy.kl_weight = 0.0  # step KL to the starting policy
+    c.policy.old_log_prob = "rollout"  # "rollout" | "recompute" | "exact" (one update
+    # an epoch). policy/rollout_gap is the largest distance of the last two to the
+    # rollout's
+    c.policy.kl_weight = 0.0  # step KL to the starting policy, reduced as log-probs are
     c.policy.train_on = ()  # step indices trained; () means draw train_steps of them
     c.policy.train_steps = 3  # steps drawn each epoch when train_on is (); 0: all noisy
     c.policy.per_sample_steps = False  # draw them for each sample on its own (DDPO)

@@ -37,7 +37,8 @@ Where this differs from the paper and its two repositories:
   0.2 and scores that differ by less than 1 they are nearly equal: 1 +- 0.1 or so.
 - Sparse RWR keeps what reaches the 90th percentile of 32 samples of one prompt, there
   the batch of a host: 4 of 32, 1,280 a round in place of 1,024.
-- Prompt alignment has 256 samples an epoch and updates of 128; there 288 and 144.
+- The LoRA of prompt alignment has 256 samples an epoch and updates of 128; there 288
+  and 144.
 - policy.train_steps below 50 is drawn once an epoch and all train.inner_epochs train
   the same steps; there each pass draws anew. By default all 50 are trained.
 - A LoRA starts from v1-5 and computes in bfloat16; that of the PyTorch repository's
@@ -49,7 +50,8 @@ policy.ratio_tolerance is 0. That the ratio is exactly 1 was shown on CPUs only;
 an accelerator's compiler rounds the rollout and the update differently, the self-test
 at the start stops the run and says what to set. model.attention "auto" takes the
 kernels of an accelerator, elsewhere 1,024 queries of a long picture at a time.
-train.microbatch is 8: set 1 on a card of 24 GB (README, "Memory").
+train.microbatch is 8: set 1 on a card of 24 GB (README, "Memory"). None of these has
+been run at full size yet; memory by plan: benchmarks/results/sd_memory.md.
 """
 
 from ml_collections import ConfigDict

@@ -10,9 +10,9 @@ data term a sample, at its own noise level, which the paper found as good as one
 One update for each rollout, so the ratio is 1 and the clip never acts. Differs from the
 paper: a network of 4 M weights with lr 1e-4, a warm-up of 5 and ten steps, of which
 three of the nine noisy ones are trained, 8 prompts of 8 samples; a data loss in
-velocity (eps there), of weight 0.005 beside log-probs that are means over 3,072 pixels,
-so 15 beside their sum (1 there); and weights averaged over some ten updates are
-evaluated.
+velocity (eps there), of weight 0.005 with loss and log-prob both means over 3,072
+pixels (there 1; it does not say whether they are means or sums); and weights averaged
+over some ten updates are evaluated.
 
 One run of its 30 epochs, 7 s each on one CPU core beside other work, 2026-11-24, one
 seed: the JPEG size of its samples fell from 5.70 to 4.42 kB (means of the first and the

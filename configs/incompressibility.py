@@ -5,6 +5,7 @@
 
 arXiv 2305.13301, section 5.1: plus the size in kB at quality 95 and 512 px; 398
 prompts, the animal labels of ImageNet. Variants and what they set: configs/ddpo_sd.py.
+Not run at full size yet.
 """
 
 from ml_collections import ConfigDict

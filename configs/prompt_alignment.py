@@ -4,6 +4,9 @@
         --workdir=runs/alignment --config.rewards.vlm.model=NAME \
         --config.rewards.vlm.base_url=http://HOST:8000/v1
 
+It needs BERTScore (`make EXTRAS=test,alignment setup`) or
+--config.rewards.vlm.scorer=words; ":strict" needs neither. Not run at full size yet.
+
 arXiv 2305.13301, section 5.2: any OpenAI-compatible endpoint says what is going on in
 the picture, BERTScore recall of "The image contains PROMPT" is the reward. 135 prompts,
 animals at activities. A picture that has no answer in the end leaves the epoch and is

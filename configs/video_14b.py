@@ -1,13 +1,14 @@
-"""DDRL on a text-to-video transformer of 14.3 billion weights: a run to plan.
+"""Flow-GRPO without KL on a text-to-video transformer of 14.3 billion weights, to plan.
 
     python -m ddrl_jax.main --mode=plan --config=configs/video_14b.py:pod \
         --plan.devices=256 --plan.chip=v5p
 
 40 blocks of width 5,120 on 32,760 video tokens and 512 text tokens: the shape of the
 14 B open video models at 832 x 480 and 81 frames. No weights of ours exist, so only
-`--mode=plan` runs it at this size. `:pod` divides weights by 16 and videos by 4, for a
-multiple of 64 chips; `:lora` trains factors of rank 32; `:smoke` is the same row on a
-random tiny network.
+`--mode=plan` runs it at this size; there are no data for it either, so DDRL can be
+planned (`--config.data_term.weight=0.01` adds the cost of its data term), not trained.
+`:pod` divides weights by 16 and videos by 4, for 64, 128, 256, 512 or 1,024 chips;
+`:lora` trains factors of rank 32; `:smoke` is the same row on a random tiny network.
 Rollout of 20 steps, 10 of them trained, 16 prompts of 16 videos an epoch.
 """
 

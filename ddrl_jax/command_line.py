@@ -48,7 +48,7 @@ def help_text() -> str:
         "\n"
         "  --profile=FIRST:LAST   a profiler trace of these epochs in WORKDIR/profile"
         "\n\n"
-        "Several processes that no cluster starts (Slurm, Open MPI, TPU and GKE do):\n"
+        "Several processes that no cluster starts (Slurm, Open MPI 4, TPU pods do):\n"
         "  --distributed.coordinator=HOST:PORT --distributed.processes=N\n"
         "  --distributed.process=I   of this one, 0..N-1\n\n"
         "--mode=plan:\n"

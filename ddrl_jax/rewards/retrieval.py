@@ -173,8 +173,17 @@ def load_judge(path: Path = JUDGE) -> Judge:
     def scaled(x: Any) -> Array:
         return jnp.asarray(x, jnp.float32) / 127.5 - 1.0
 
-    logits = jax.jit(lambda x: judge_logits(params, scaled(x)))
-    features = jax.jit(lambda x: judge_features(params, scaled(x)))
+    # A judge must not depend on the fast modes of a device.
+    @jax.jit
+    def logits(x: Any) -> Array:
+        with jax.default_matmul_precision("highest"):
+            return judge_logits(params, scaled(x))
+
+    @jax.jit
+    def features(x: Any) -> Array:
+        with jax.default_matmul_precision("highest"):
+            return judge_features(params, scaled(x))
+
     return Judge(captions, partial(_in_chunks, logits), partial(_in_chunks, features))
 
 
