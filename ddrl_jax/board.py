@@ -31,7 +31,7 @@ class Board:
     """
 
     def __init__(self, folder: Path, resume_step: int | None = None):
-        from tensorboardX.proto.event_pb2 import SessionLog  # slow, and optional
+        from tensorboardX.proto import event_pb2  # slow to import, and optional
         from tensorboardX.record_writer import RecordWriter
 
         folder.mkdir(parents=True, exist_ok=True)
@@ -39,7 +39,8 @@ class Board:
         self._records = RecordWriter(str(self.path))
         self._append(file_version="brain.Event:2")
         if resume_step is not None:
-            start = SessionLog(status=SessionLog.START)
+            log = event_pb2.SessionLog  # pyright: ignore[reportAttributeAccessIssue]
+            start = log(status=log.START)
             self._append(step=resume_step + 1, session_log=start)
         self.flush()  # a folder that takes nothing is told before the first epoch
 
@@ -91,9 +92,11 @@ class Board:
         self._records.close()
 
     def _append(self, **fields: Any) -> None:
-        from tensorboardX.proto.event_pb2 import Event
+        from tensorboardX.proto import event_pb2
 
-        event = Event(wall_time=time.time(), **fields)
+        # protobuf makes its names at run time
+        kind = event_pb2.Event  # pyright: ignore[reportAttributeAccessIssue]
+        event = kind(wall_time=time.time(), **fields)
         with self._closed_by_refusal():
             self._records.write(event.SerializeToString())
 

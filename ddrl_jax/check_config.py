@@ -18,6 +18,7 @@ from ddrl_jax.data.prompts import prompt_list
 from ddrl_jax.diffusion.kernels import KERNELS
 from ddrl_jax.diffusion.schedules import TRAIN_STEPS
 from ddrl_jax.diffusion.solvers import METHODS
+from ddrl_jax.file_tree import spelt_out
 from ddrl_jax.models.attention import IMPLEMENTATIONS
 from ddrl_jax.models.pipelines import PIPELINES, data_sources
 from ddrl_jax.rewards.registry import REWARDS
@@ -136,6 +137,8 @@ def _check_data(config: Any) -> None:
             if data.source == "samples"
             else "set config.data.path to a folder of pictures with captions",
         )
+    if config.model.name == "stable_diffusion" and data.source != "none":
+        spelt_out(data.cache, "--config.data.cache")  # before a model is loaded
     _check_heldout(config)
     require(
         data.source != "none" or config.prompts.source != "data",

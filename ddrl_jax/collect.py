@@ -58,7 +58,8 @@ def collect(
         return None
     chunks, handles, rows, finite = sampled
     with timer("reward"):
-        scores = whole_scores(pool.collect(handles), rows, len(prompts.index))
+        found = pool.collect(handles, rows)
+        scores = whole_scores(found, rows, len(prompts.index))
     if not finite.any():  # it is not the judges that failed
         raise broken(finite)
     scores = leave_out(scores, finite, config.rewards.on_failure)

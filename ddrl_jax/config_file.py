@@ -17,6 +17,7 @@ from ml_collections.config_dict import placeholder
 
 from ddrl_jax.config_rules import RULES, flatten, near, plain
 from ddrl_jax.errors import UserError
+from ddrl_jax.file_tree import spelt_out
 
 USAGE = "python -m ddrl_jax.main --config=configs/quickstart.py --workdir=runs/mine"
 # Keys whose value may be a path. Not data.cache, which is no part of what a run is:
@@ -51,7 +52,7 @@ def load_config(spec: str) -> ConfigDict:
       UserError: no such file, or one whose get_config() gives no ConfigDict.
     """
     name, _, variant = spec.partition(":")
-    path = Path(name).expanduser()
+    path = spelt_out(name, "--config")
     if not name:
         raise UserError(
             "--config is missing",

@@ -107,14 +107,16 @@ class Evaluation:
         config, values = self.program.config, {}
         r = config.rewards
         with RewardPool(self.judges, r.threads, r.timeout, r.on_failure) as pool:
-            rows, size = own_share(self.count), self.program.chunk
-            # in the portions of training: a judge's time limit is that of a portion
+            rows = own_share(self.count)
+            # in the portions of training, where each process has its part of a chunk:
+            # a judge's time limit is that of a portion
+            size = max(1, self.program.chunk // jax.process_count())
             parts = [rows[i : i + size] for i in range(0, len(rows), size)]
             texts = [[self.text[i] for i in part] for part in parts]
             calls = [
                 pool.submit(images[p], t) for p, t in zip(parts, texts, strict=True)
             ]
-            found = whole_scores(pool.collect(calls), rows, self.count)
+            found = whole_scores(pool.collect(calls, rows), rows, self.count)
         finite = np.ones(self.count, bool) if finite is None else finite
         found = leave_out(found, finite, r.on_failure)
         for name, scores in found.values.items():

@@ -1,8 +1,10 @@
-"""Files below a folder, behind links too."""
+"""Files below a folder, behind links too; and the folder that a "~" stands for."""
 
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
+
+from ddrl_jax.errors import UserError
 
 
 def walk(
@@ -28,3 +30,24 @@ def walk(
         folders[:] = [f for f, at in inside.items() if os.path.realpath(at) not in way]
         yield top, folders, sorted(files)
         above |= {inside[name]: way for name in folders}
+
+
+def spelt_out(path: str, key: str) -> Path:
+    """The path with the home in place of its leading "~" or "~name".
+
+    Args:
+      path: as it was given.
+      key: what it was given as, such as "--config.data.cache".
+
+    Raises:
+      UserError: there is no such home.
+    """
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as e:  # nobody of that name, or no HOME and an unknown user
+        raise UserError(
+            f"{key} begins with a home that is not known here",
+            got=path,
+            wanted="a path, or ~ where there is a home",
+            way_out=f"write the folder in place of the ~ in {key}, or set HOME",
+        ) from e

@@ -20,7 +20,7 @@ from ddrl_jax.data.prompts import (
     require_records,
 )
 from ddrl_jax.diffusion.kernels import make_kernel
-from ddrl_jax.distributed import main_first, meet
+from ddrl_jax.distributed import check_agreement, main_first, meet
 from ddrl_jax.errors import UserError
 from ddrl_jax.interfaces import (
     Cond,
@@ -52,7 +52,7 @@ from ddrl_jax.sharding import (
     put,
     replicated,
 )
-from ddrl_jax.sources import make_source
+from ddrl_jax.sources import in_short, make_source
 from ddrl_jax.weights import describe_weights, tell_undivided
 
 TEXT_BYTES = 4_000_000_000  # of embeddings of prompts that every device may hold
@@ -106,14 +106,15 @@ def build(config, judges: Mapping[str, Reward] | None = None) -> Program:
       judges: of the run's pictures, asked whether they can judge what there will be.
 
     Raises:
-      UserError: prompts or data can not be used, or a judge can not read a prompt or
-        the pictures.
+      UserError: prompts or data can not be used or differ between processes, or a
+        judge can not read a prompt or the pictures.
     """
     mesh = make_mesh(config.mesh)
     meet(mesh)
     pipeline = PIPELINES[config.model.name](config, mesh)
     kernel = make_kernel(config.sampler, pipeline.prediction)
     source = main_first(lambda: make_source(config, pipeline))
+    check_agreement(in_short(source))
     captions = source.captions if source else ()
     prompts = prompt_list(config.prompts, captions, config.seed)
     _check_judges(config, pipeline, judges or {}, prompts)

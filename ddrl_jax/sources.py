@@ -1,6 +1,7 @@
 """config.data -> the captioned data of a run: drawn, stored, or latents of a cache."""
 
 import hashlib
+import json
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from ddrl_jax.data.picture_tfds import read_tfds, tfds_folder
 from ddrl_jax.data.read_ahead import ReadAhead
 from ddrl_jax.data.samples import sample_source
 from ddrl_jax.data.seen import files_digest, recall, remember
+from ddrl_jax.file_tree import spelt_out
 from ddrl_jax.interfaces import Cond, DataSource, Pipeline
 from ddrl_jax.models.folder import fingerprint
 from ddrl_jax.models.sd_folder import described, read_source
@@ -42,6 +44,15 @@ def make_source(config: Any, pipeline: Pipeline) -> DataSource | None:
     return emoji_source(
         config.model.image_size, data.min_scale, data.max_scale, data.rotation
     )
+
+
+def in_short(source: DataSource | None) -> dict[str, str]:
+    """What names the contents of the data, for processes to compare."""
+    captions = json.dumps(source.captions if source else ())
+    return {
+        "the data": source.digest if source else "none",
+        "the captions of the data": hashlib.sha256(captions.encode()).hexdigest()[:16],
+    }
 
 
 def without_data(config: Any) -> Any:
@@ -90,7 +101,8 @@ def _cached(config: Any, pipeline: Pipeline) -> Path:
     Data whose files are as they were when it was written are not read again.
     """
     data, model = config.data, config.model
-    folder, caches = model_folder(model), Path(data.cache).expanduser()
+    folder = model_folder(model)
+    caches = spelt_out(data.cache, "--config.data.cache")
     encode, resolution = pipeline.encode_images, _resolution(pipeline)
     assert encode is not None, "Stable Diffusion encodes pictures"
     source = read_source(folder, model.variant)

@@ -31,6 +31,11 @@ COMBINATIONS = {
     "samples": ({"data.source": "samples"}, "data.path", {"data.source": "emoji"}),
     "samples, no folder": ({"data.source": "samples", "data.path": "no/such"},
                            "no/such", {"data.path": "."}),
+    "cache of nobody": (
+        {"model.name": "stable_diffusion", "sampler.kernel": "ddim",
+         "evaluate.solver": "ddim", "rewards.heldout": (), "data.source": "folder",
+         "data.path": ".", "data.cache": "~no-such-user/x"},
+        "--config.data.cache", {"data.cache": "/tmp/x"}),
     "no captions": ({"data.source": "none"}, "captions",
                     {"prompts.source": "list", "prompts.list": ("a dog",)}),
     "no list": ({"prompts.source": "list"}, "prompts.list",

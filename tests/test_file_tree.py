@@ -1,8 +1,12 @@
-"""Links are followed, to the same folder twice, but never round in a circle."""
+"""Links are followed, twice to one folder but never in a circle; a home is found."""
 
+import pwd
 from pathlib import Path
 
-from ddrl_jax.file_tree import walk
+import pytest
+
+from ddrl_jax.errors import UserError
+from ddrl_jax.file_tree import spelt_out, walk
 
 
 def _files(root: Path) -> list[str]:
@@ -39,3 +43,21 @@ def test_what_is_taken_out_of_the_folders_is_not_entered(tmp_path):
         folders[:] = [name for name in folders if name[0] != "."]
         found += files
     assert found == ["file"]
+
+
+def test_a_home_is_spelt_out(monkeypatch):
+    monkeypatch.setenv("HOME", "/somewhere")
+    assert spelt_out("~/x", "--key") == Path("/somewhere/x")
+    assert spelt_out("a/~x", "--key") == Path("a/~x")
+
+
+@pytest.mark.parametrize("path", ["~/x", "~no-such-user/x"])
+def test_a_home_that_is_not_known_is_an_error_with_its_key(path, monkeypatch):
+    def unknown(_):
+        raise KeyError
+
+    monkeypatch.delenv("HOME", raising=False)  # as in a container with a foreign user
+    monkeypatch.setattr(pwd, "getpwuid", unknown)
+    with pytest.raises(UserError, match="--key begins with a home") as error:
+        spelt_out(path, "--key")
+    assert error.value.got == path

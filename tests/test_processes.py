@@ -184,6 +184,29 @@ def test_another_seed_in_one_process_is_refused_before_any_work(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+OTHER_DATA = """
+import os
+import ddrl_jax.program as program
+from ddrl_jax.main import main
+
+make_source = program.make_source
+
+def other(*arguments):
+    return make_source(*arguments)._replace(digest=os.environ["DDRL_PROCESS"])
+
+program.make_source = other
+main()
+"""
+
+
+@pytest_slow
+def test_other_data_in_one_process_are_refused_before_any_epoch(tmp_path):
+    found = ends(start(tmp_path / "run", 2, code=OTHER_DATA))
+    assert [status for status, *_ in found] == [2, 2], found
+    assert any("differs in the data" in errors for *_, errors in found), found
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
 STRAYED = """
 import os
 import ddrl_jax.train as loop

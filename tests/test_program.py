@@ -18,6 +18,7 @@ from tiny_runs import (
     tiny_program,
 )
 
+from ddrl_jax import program as program_module
 from ddrl_jax.check_optimizer import total_updates
 from ddrl_jax.data.prompts import draw_prompts
 from ddrl_jax.diffusion.kernels import make_kernel
@@ -28,7 +29,7 @@ from ddrl_jax.program import (
     build,
 )
 from ddrl_jax.rewards import retrieval
-from ddrl_jax.sources import make_source
+from ddrl_jax.sources import in_short, make_source
 
 DATA = {"data_term.weight": 0.5}
 
@@ -101,6 +102,19 @@ def test_captions_and_records_are_those_of_the_prompt(program):
     records = np.concatenate([c.records for c in chunks])
     assert [program.source.captions[r] for r in records] == list(prompts.text)
     assert len(set(records)) > 2  # more than one picture of the two captions
+
+
+@pytest.mark.parametrize("source", [None, flat_source()])
+def test_the_processes_compare_their_data_before_any_weight(source, monkeypatch):
+    """All of them or none, so also where there are no data."""
+
+    def compared(values):
+        assert values == in_short(source)
+        raise InterruptedError
+
+    monkeypatch.setattr(program_module, "check_agreement", compared)
+    with pytest.raises(InterruptedError):
+        tiny_program({}, source)
 
 
 def test_a_judge_that_does_not_know_a_prompt_is_heard_before_any_weight(monkeypatch):

@@ -21,6 +21,8 @@ from ddrl_jax.errors import UserError
 from ddrl_jax.interfaces import DataSource
 
 ASSETS = Path(__file__).parent.parent / "assets"
+_SHIPPED = "reinstall ddrl_jax, or rebuild it with ddrl_jax/assets/build_emoji.py"
+_OWN = "correct --config.data.path; --mode=sample writes such a set and prints its path"
 SUPERSAMPLING = 2  # samples a pixel and axis: without it a small emoji aliases
 
 
@@ -30,8 +32,8 @@ def read_emoji(
     """Reads the pictures [r h w 3], all of one size, and captions of a TFDS data set.
 
     Raises:
-      UserError: the folder is missing or can not be read, or its pictures differ in
-        size.
+      UserError: the folder is missing or can not be read, lacks pictures or captions,
+        or its pictures differ in size.
     """
     import tensorflow_datasets as tfds  # slow import, only where data is read
 
@@ -42,13 +44,14 @@ def read_emoji(
         records = builder.as_data_source("train", decoders=skip)
         rows = records.__getitems__(list(range(len(records))))
         pictures = [np.asarray(Image.open(io.BytesIO(r["image"]))) for r in rows]
+        captions = tuple(row["caption"].decode() for row in rows)
     except Exception as e:
         raise UserError(
             f"the data set {root} can not be read ({type(e).__name__}: {e})",
             got=f"{'a folder' if root.is_dir() else 'nothing'} at {root}",
-            wanted="a TFDS data set over array_record with 'image' and 'caption'",
-            way_out="reinstall ddrl_jax, or rebuild it with ddrl_jax/assets/"
-            "build_emoji.py; for your own set give --config.data.path",
+            wanted="a TFDS data set over array_record with 'image', a picture, and "
+            "'caption', UTF-8 text",
+            way_out=_SHIPPED if root.is_relative_to(ASSETS) else _OWN,
         ) from e
     shapes = sorted({picture.shape for picture in pictures})
     if len(shapes) != 1:
@@ -58,7 +61,6 @@ def read_emoji(
             wanted="one height and width for all of them",
             way_out="write the set anew, as --mode=sample does",
         )
-    captions = tuple(row["caption"].decode() for row in rows)
     return np.stack(pictures), captions
 
 

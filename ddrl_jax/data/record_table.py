@@ -137,8 +137,9 @@ def _too_many(folder: Path, e: Exception) -> UserError:
         f"the cache {folder} has more shards than this process may have files open",
         got=f"{e}; a limit of {limit}",
         wanted="an open file for every shard",
-        way_out="raise the limit before the start, as in ulimit -n 65536; nothing is "
-        "wrong with the cache",
+        way_out="have the hard limit raised (ulimit -Hn shows it; docker run --ulimit "
+        "nofile=N, LimitNOFILE of systemd and limits.conf set it); nothing is wrong "
+        "with the cache",
     )
 
 

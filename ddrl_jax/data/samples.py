@@ -8,7 +8,7 @@ import contextlib
 import hashlib
 import io
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -67,7 +67,7 @@ def write_samples(
       The number of records.
 
     Raises:
-      UserError: the folder is already there.
+      UserError: the folder is already there, or the disk refuses.
     """
     refuse_existing(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -75,11 +75,16 @@ def write_samples(
     # of an earlier one is of no use: sampling starts anew.
     scratch = folder.with_name(f".{folder.name}.part")
     shutil.rmtree(scratch, ignore_errors=True)
+    drawn = _Drawn(batches)
     try:
-        builder = _builder(batches)(data_dir=scratch, file_format="array_record")
+        builder = _builder(drawn)(data_dir=scratch, file_format="array_record")
         with contextlib.redirect_stdout(io.StringIO()):  # it names the scratch folder
             builder.download_and_prepare()
         Path(builder.data_dir).rename(folder)
+    except (OSError, RuntimeError) as e:
+        if drawn.failed:  # it is not the disk
+            raise
+        raise _unwritable(folder, e) from e
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     return builder.info.splits["train"].num_examples
@@ -91,7 +96,9 @@ def refuse_existing(folder: Path) -> None:
     Args:
       folder: the place; its parents need not be there yet.
     """
-    above = next(path for path in folder.absolute().parents if path.exists())
+    whole = folder.absolute()
+    # The root has nothing above it, and is there itself.
+    above = next((path for path in whole.parents if path.exists()), whole)
     if not above.is_dir():
         raise UserError(
             f"the data set {folder} can not lie there",
@@ -106,6 +113,30 @@ def refuse_existing(folder: Path) -> None:
             wanted="a new one",
             way_out="move it away or set --config.sample.output",
         )
+
+
+class _Drawn:
+    """Batches that remember whether it was drawing them that failed."""
+
+    def __init__(self, batches: Iterable):
+        self._batches, self.failed = batches, False
+
+    def __iter__(self) -> Iterator:
+        try:
+            yield from self._batches
+        except Exception:
+            self.failed = True
+            raise
+
+
+def _unwritable(folder: Path, e: Exception) -> UserError:
+    return UserError(
+        f"the data set {folder} can not be written",
+        got=f"{type(e).__name__}: {' '.join(str(e).split())[:300]}",
+        wanted="a writable folder with enough space",
+        way_out="make room or set another --config.sample.output, and start again; "
+        "nothing of it is kept",
+    )
 
 
 def _builder(batches: Iterable):

@@ -217,14 +217,16 @@ def bertscore_recall(
             rescale_with_baseline=False,
             use_fast_tokenizer=True,
         )
-    except (OSError, KeyError, ValueError, RuntimeError) as e:
+    # bert-score asserts that there are so many layers, PyTorch that it has the device
+    except (OSError, KeyError, ValueError, RuntimeError, AssertionError) as e:
         raise UserError(
             f"the model {model!r} of BERTScore can not be loaded",
             got=f"{type(e).__name__}: {str(e)[:300]}",
             wanted="a model in the hub's cache or a local folder; one that bert-score"
             " does not know needs rewards.vlm.bertscore_layers",
             way_out=f"run once with network access: hf download {model}; or correct"
-            " --config.rewards.vlm.bertscore_model, or bertscore_device",
+            " --config.rewards.vlm.bertscore_model, .bertscore_layers (0: the one that"
+            " bert-score recommends) or .bertscore_device",
         ) from e
     tokenizer = scorer._tokenizer
     tokenizer.model_max_length = min(tokenizer.model_max_length, LONGEST)

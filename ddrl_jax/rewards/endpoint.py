@@ -93,8 +93,9 @@ def checked_endpoint(endpoint: Endpoint) -> Endpoint:
         raise UserError(
             "the address of the vision-language model can not be used",
             got=f"rewards.vlm.base_url={endpoint.base_url!r} ({fault})",
-            wanted="an http or https address without a password, such as"
-            " http://localhost:8000/v1, in ASCII (xn--... for a host, %... in a path)",
+            wanted="an http or https address without a password, ?query or #fragment,"
+            " such as http://localhost:8000/v1, in ASCII (xn--... for a host, %... in a"
+            " path)",
             way_out=f"set {keys}.base_url; a key goes in the environment variable that"
             f" {keys}.api_key_env names",
         )
@@ -134,6 +135,8 @@ def _fault_of(url: str) -> str:
         return "a user or password in it"
     if not url.isascii() or not url.isprintable() or " " in url:
         return "characters that no request can carry"
+    if "?" in url or "#" in url:  # even an empty one
+        return f"a query or fragment, behind which {PATH} would come"
     return ""
 
 

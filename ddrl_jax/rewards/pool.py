@@ -170,8 +170,15 @@ class RewardPool:
             self._put(call)
         return Handle(tuple(calls), count)
 
-    def collect(self, handles: Sequence[Handle]) -> Scores:
+    def collect(
+        self, handles: Sequence[Handle], numbers: np.ndarray | None = None
+    ) -> Scores:
         """Waits for submissions and joins their scores in the order given.
+
+        Args:
+          handles: of the submissions.
+          numbers: what an error calls their samples, where others are judged
+            elsewhere; None: 0, 1, 2, ...
 
         Raises:
           UserError: with on_failure="error", a reward raised, ran out of time, or
@@ -180,6 +187,7 @@ class RewardPool:
         total = sum(handle.count for handle in handles)
         values = {n: np.full(total, np.nan, np.float32) for n in self.rewards}
         valid, offset = np.ones(total, bool), 0
+        numbers = np.arange(total) if numbers is None else numbers
         for handle in handles:
             for call in handle.calls:
                 self._wait(call)
@@ -190,7 +198,7 @@ class RewardPool:
                     values[call.name][rows] = call.values
                 if call.problem is not None:
                     valid[rows] &= ~call.problem.rows
-            self._judge_failures(handle, offset)
+            self._judge_failures(handle, numbers[offset:])
             offset += handle.count
         return Scores(values, valid)
 
@@ -212,14 +220,13 @@ class RewardPool:
         for worker in workers:
             worker.join(max(0.0, deadline - time.monotonic()))
 
-    def _judge_failures(self, handle: Handle, offset: int) -> None:
+    def _judge_failures(self, handle: Handle, numbers: np.ndarray) -> None:
         """Counts the failed samples of a submission, or raises for the first reward."""
         failed: dict[str, tuple[Problem, list[int]]] = {}
         for call in handle.calls:
             if call.problem is not None:
                 _, samples = failed.setdefault(call.name, (call.problem, []))
-                start = offset + call.rows.start
-                samples += [int(i) + start for i in np.flatnonzero(call.problem.rows)]
+                samples += numbers[call.rows][call.problem.rows].tolist()
         for name, (problem, samples) in failed.items():
             if self._on_failure == "mask":
                 self.failures[name] += len(samples)

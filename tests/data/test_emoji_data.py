@@ -1,10 +1,16 @@
 """The embedded data, and how a picture is drawn at random size, place and angle."""
 
+import io
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tensorflow_datasets as tfds
+from PIL import Image
 
+from ddrl_jax.data import emoji as emoji_module
 from ddrl_jax.data.emoji import draw, emoji_source, read_emoji
 from ddrl_jax.errors import UserError
 from ddrl_jax.models.emoji import read_vocabulary, tokenize
@@ -133,4 +139,57 @@ def test_data_that_can_not_be_read(damage, tmp_path):
         root.mkdir()
     with pytest.raises(UserError) as caught:
         read_emoji(root)
-    assert str(root) in str(caught.value) and "data.path" in str(caught.value)
+    assert str(root) in str(caught.value) and "data.path" in caught.value.way_out
+    assert "reinstall" not in caught.value.way_out
+
+
+def test_shipped_data_that_can_not_be_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(emoji_module, "ASSETS", tmp_path)
+    with pytest.raises(UserError) as caught:
+        read_emoji(tmp_path / "data")
+    assert "reinstall ddrl_jax" in caught.value.way_out
+
+
+CAPTIONS = {  # feature and value of a record's caption, and a word of the message
+    "none": (None, None, "'caption'"),
+    "a number": (np.int64, 3, "decode"),
+    "not UTF-8": (tfds.features.Text(), b"caf\xe9", "UnicodeDecodeError"),
+}
+
+
+@pytest.mark.parametrize("case", CAPTIONS)
+def test_a_set_without_captions_that_are_text(case, tmp_path):
+    feature, value, word = CAPTIONS[case]
+    caption = {} if feature is None else {"caption": (feature, value)}
+    root = write_record(tmp_path, caption)
+    with pytest.raises(UserError, match="can not be read") as caught:
+        read_emoji(root)
+    assert word in str(caught.value) and "data.path" in caught.value.way_out
+
+
+def write_record(data_dir, features):
+    """Writes a set of one record, a white picture and these features with values."""
+
+    class One(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+        VERSION = tfds.core.Version("1.0.0")
+        code_path = None  # no script beside which TFDS looks for checksums
+
+        def _info(self):
+            kinds = {name: kind for name, (kind, _) in features.items()}
+            kinds["image"] = tfds.features.Image(encoding_format="png")
+            kinds = tfds.features.FeaturesDict(kinds)
+            return tfds.core.DatasetInfo(builder=self, features=kinds)
+
+        def _split_generators(self, dl_manager):
+            return {"train": self._generate_examples()}
+
+        def _generate_examples(self):
+            file = io.BytesIO()
+            Image.new("RGB", (8, 8), "white").save(file, "PNG")
+            file.seek(0)
+            values = {name: value for name, (_, value) in features.items()}
+            yield 0, values | {"image": file}
+
+    builder = One(data_dir=str(data_dir), file_format="array_record")
+    builder.download_and_prepare()
+    return Path(builder.data_dir)

@@ -106,7 +106,7 @@ def test_more_shards_than_open_files_is_no_damage(folder):
     source._latents._records = SimpleNamespace(__getitems__=refuse)
     with pytest.raises(UserError, match="more shards than this process may") as e:
         source.fetch(np.array([0]))
-    assert "ulimit -n" in e.value.way_out and "delete" not in e.value.way_out
+    assert "ulimit -Hn" in e.value.way_out and "delete" not in e.value.way_out
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     unlimited = resource.RLIM_INFINITY in (soft, hard)
     assert unlimited or soft == hard  # raised when the table was opened

@@ -1,12 +1,16 @@
 """A data set of samples: what is written is what is read, to the byte."""
 
+import resource
+from contextlib import contextmanager
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from ddrl_jax.data.emoji import read_emoji
-from ddrl_jax.data.samples import sample_source, write_samples
+from ddrl_jax.data.samples import refuse_existing, sample_source, write_samples
 from ddrl_jax.errors import UserError
 
 RNG = np.random.default_rng(0)
@@ -88,6 +92,32 @@ def test_a_failure_leaves_nothing_and_can_be_tried_again(tmp_path, killed):
     assert list(tmp_path.iterdir()) == []
     assert write_samples(tmp_path / "set", batches()) == 7
     np.testing.assert_array_equal(read_emoji(tmp_path / "set")[0], IMAGES)
+
+
+@contextmanager
+def full_disk(limit):
+    """No file of this process may grow beyond the limit, in bytes."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_full_disk_is_one_error_that_names_the_folder(tmp_path):
+    path = tmp_path / "set"
+    with pytest.raises(UserError, match="can not be written") as error, full_disk(8192):
+        write_samples(path, batches())
+    assert str(path) in error.value.what
+    assert "--config.sample.output" in error.value.way_out
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("place", ["/", "."])
+def test_a_folder_that_is_always_there_can_not_be_the_set(place):
+    with pytest.raises(UserError, match="already there"):
+        refuse_existing(Path(place))
 
 
 def test_a_missing_set_names_the_key_that_would_find_it(tmp_path):

@@ -276,6 +276,16 @@ def test_a_model_that_can_not_be_loaded(fake_bert_score):
     assert "not in the cache" in error.value.got
 
 
+@pytest.mark.parametrize(("layers", "device"), [(99, "cpu"), (1, "cuda")])
+def test_layers_or_a_device_that_are_not_there(layers, device, tiny_encoder):
+    if pytest.importorskip("torch").cuda.is_available() and device == "cuda":
+        pytest.skip("the device is there")
+    with pytest.raises(UserError, match="AssertionError: ") as error:
+        alignment.bertscore_recall(tiny_encoder, layers, device)
+    for key in ("bertscore_layers", "bertscore_device"):
+        assert key in error.value.way_out
+
+
 @pytest.fixture(scope="module")
 def tiny_encoder(tmp_path_factory):
     """A random DeBERTa of two layers over bytes, as transformers writes it."""

@@ -171,6 +171,15 @@ def test_a_failure_is_one_error(name):
     assert error.value.wanted and error.value.way_out
 
 
+def test_a_failure_is_named_by_the_numbers_of_its_samples():
+    """Of several processes each judges some rows of the epoch."""
+    numbers, parts = np.array([4, 5, 6, 12, 13, 14]), ((0, 3), (3, 6))
+    with RewardPool({"r": _nan}, 2) as pool:
+        handles = [pool.submit(PICTURES[a:b], PROMPTS[a:b]) for a, b in parts]
+        with pytest.raises(UserError, match=r"failed on samples \[13\] \(1 in all"):
+            pool.collect(handles, numbers)
+
+
 @pytest.mark.parametrize("name", FAILURES)
 def test_a_failure_can_be_masked(name):
     reward, samples, _ = FAILURES[name]
