@@ -33,6 +33,9 @@ def get_config(variant: str = "") -> ConfigDict:
     c.model.image_size = 32  # pixels; stable_diffusion: 0 is what the UNet is made for
     c.model.dtype = "float32"  # of the network; "float32" | "bfloat16": states,
     # log-probs and losses are float32 with either
+    # of products of a float32 network on accelerators: "highest" (float32) | "high" |
+    # "default" (TF32 on NVIDIA GPUs, bfloat16 on TPUs: several times faster)
+    c.model.matmul_precision = "highest"
     c.model.attention = "auto"  # by backend, dtype, lengths and mesh one of "xla",
     # "chunked" (memory of 1,024 queries at a time), "cudnn" (NVIDIA), "splash" (TPU),
     # and where mesh.context > 1 "ulysses" (if it divides the heads) or "ring"

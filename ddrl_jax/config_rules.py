@@ -60,6 +60,7 @@ RULES: dict[str, Rule] = {
     "model.patch": integer(1),
     "model.image_size": integer(0),
     "model.dtype": choice("float32", "bfloat16"),
+    "model.matmul_precision": choice("highest", "high", "default"),
     "model.attention": text(empty=False),
     "model.remat": choice("none", "full", "dots", "named", "offload"),
     "model.video.frames": integer(1),

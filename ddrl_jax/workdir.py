@@ -37,7 +37,7 @@ _FREE = (
 )
 _ABSENT = "(no such key)"
 # Keys that a run of an earlier version does not have, and what it did.
-_MEANT = {"optimizer.name": "adamw"}
+_MEANT = {"optimizer.name": "adamw", "model.matmul_precision": "default"}
 
 
 class Workdir:

@@ -211,6 +211,16 @@ def test_a_run_from_before_there_was_a_choice_of_optimizer_goes_on(tmp_path):
     start(tmp_path)
 
 
+def test_a_run_from_before_float32_was_exact_goes_on_as_it_was(tmp_path):
+    start(tmp_path, **{"model.matmul_precision": "default"})
+    stored = json.loads((tmp_path / "config.json").read_text())
+    del stored["model"]["matmul_precision"]
+    (tmp_path / "config.json").write_text(json.dumps(stored))
+    with pytest.raises(UserError, match="model.matmul_precision: 'default'"):
+        start(tmp_path)
+    start(tmp_path, **{"model.matmul_precision": "default"})
+
+
 def test_a_run_with_a_key_that_is_not_there_any_more_names_its_version(tmp_path):
     start(tmp_path)
     stored = json.loads((tmp_path / "config.json").read_text())
