@@ -27,7 +27,7 @@ ARMS = {
     "ddpo": (1.0, 0.0, 0.0),
     "kl_low": (1.0, 0.01, 0.0),
     "kl_high": (1.0, 0.1, 0.0),
-    "ddrl_low": (1.0, 0.0, 0.015),
+    "ddrl_low": (1.0, 0.0, 0.0125),
     "ddrl_high": (1.0, 0.0, 0.02),
     # AdamW divides by the size of the gradient, so the weight of an only term is free
     "control": (0.0, 0.0, 0.01),
@@ -45,8 +45,8 @@ def get_config(variant: str = "") -> ConfigDict:
     c.data_term.weight = data
 
     # From here on the same for all arms. The unanchored one has collapsed by epoch 14:
-    # 63 are four and a half times the calls that collapse it.
-    c.train.epochs = 63
+    # 64 are four and a half times the calls that collapse it.
+    c.train.epochs = 64
     c.prompts.update(limit=64, per_epoch=8, group_size=8)
     c.sampler.update(kernel="flow_grpo", steps=10, noise_level=0.7)
     c.sampler.update(last_step="deterministic", guidance_scale=1.0)
@@ -58,8 +58,10 @@ def get_config(variant: str = "") -> ConfigDict:
     c.policy.train_on = (0, 1, 2)
     c.train.update(minibatches=2, microbatch=16)
     c.optimizer.update(lr=4e-4, warmup=10, schedule="cosine", ema_decay=0.95)
-    # every prompt twice, so that the diversity within a prompt can be measured
-    c.evaluate.update(every=7, samples=128, data_samples=64, pictures=16)
+    # Every prompt twice, so that the diversity within a prompt can be measured. Often,
+    # as the unanchored arm falls off a cliff: between evaluations seven epochs apart it
+    # has up to 1.4 times the retrieval that a straight line gives it.
+    c.evaluate.update(every=2, samples=128, data_samples=64, pictures=16)
     c.checkpoint.every = 5
     c.evaluate.solver = "euler"  # without the SDE's grain, in as many steps
     c = shrink(c, size)
