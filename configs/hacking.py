@@ -27,7 +27,7 @@ ARMS = {
     "ddpo": (1.0, 0.0, 0.0),
     "kl_low": (1.0, 0.01, 0.0),
     "kl_high": (1.0, 0.1, 0.0),
-    "ddrl_low": (1.0, 0.0, 0.0125),
+    "ddrl_low": (1.0, 0.0, 0.0135),
     "ddrl_high": (1.0, 0.0, 0.02),
     # AdamW divides by the size of the gradient, so the weight of an only term is free
     "control": (0.0, 0.0, 0.01),
