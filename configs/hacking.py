@@ -13,7 +13,8 @@ the same for all, and with the same seed the control sees the emoji of the ddrl 
 the same order.
 
 Numbers and hours are in benchmarks/results/reward_hacking.md; how the trained steps,
-the evaluation and the data weights were chosen (with seed 0), in README.
+the evaluation and the data weights were chosen (on seeds 0 to 2; the study has 3 to 5),
+in benchmarks/results/hacking_trials.md.
 "ARM-smoke" is an arm in seconds. Without a variant the arm is ddrl_low.
 """
 
