@@ -108,6 +108,8 @@ def get_config(variant: str = "") -> ConfigDict:
     c.sampler.sigma_min = 0.01  # edm
     c.sampler.shift = 1.0  # flow: time shift of the grid
     c.sampler.last_step = "deterministic"  # or "stochastic"; flow_grpo and dance
+    c.sampler.window = ()  # (first, stop): the steps that have noise, the others are
+    # the ODE's (MixGRPO); flow_grpo, dance and cps. (): all that can
     c.sampler.guidance_scale = 1.0  # 1: no guidance, the same in rollout and training
 
     c.rewards = ConfigDict()

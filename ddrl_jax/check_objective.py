@@ -245,9 +245,9 @@ def _check_trained_steps(config: Any) -> None:
 def _noise_settings(sampler: Any) -> str:
     """What decides which steps have noise, of the kernels of this package."""
     keys = {
-        "flow_grpo": ("noise_level", "last_step"),
-        "dance": ("eta", "last_step"),
-        "cps": ("noise_level",),
+        "flow_grpo": ("noise_level", "last_step", "window"),
+        "dance": ("eta", "last_step", "window"),
+        "cps": ("noise_level", "window"),
         "ddim": ("eta",),
         "edm": ("churn",),
     }.get(sampler.kernel, ())

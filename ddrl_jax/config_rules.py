@@ -107,6 +107,7 @@ RULES: dict[str, Rule] = {
     "sampler.sigma_min": number(above=0),
     "sampler.shift": number(above=0),
     "sampler.last_step": choice("stochastic", "deterministic"),
+    "sampler.window": sequence(integer(0)),
     "sampler.guidance_scale": number(0),
     "rewards.weights": table(number(0)),
     "rewards.heldout": sequence(text(empty=False)),

@@ -37,7 +37,11 @@ _FREE = (
 )
 _ABSENT = "(no such key)"
 # Keys that a run of an earlier version does not have, and what it did.
-_MEANT = {"optimizer.name": "adamw", "model.matmul_precision": "default"}
+_MEANT = {
+    "optimizer.name": "adamw",
+    "model.matmul_precision": "default",
+    "sampler.window": [],
+}
 
 
 class Workdir:

@@ -14,6 +14,7 @@ x0 + sigma eps. The state of the kernel and the input of the network are two thi
 A velocity network sees flow coordinates, (z, time = sigma); a network that predicts
 eps, x0 or v sees VP coordinates and the (fractional) timestep of Stable Diffusion.
 
+The three of the flow have noise within `sampler.window` only, where one is given.
 Where a step has no noise its std is exactly 0 and `stochastic` is False. The last
 state is returned as the sample: exact data for the flow kernels, while ddim leaves
 noise of std 0.029 (alpha_bar_0) and edm of std sigma_min in it.
@@ -46,7 +47,7 @@ def make_kernel(sampler: Any, prediction: str = "velocity") -> Kernel:
 
     Args:
       sampler: `config.sampler`: kernel, steps, noise_level, eta, churn, sigma_max,
-        sigma_min, shift, last_step.
+        sigma_min, shift, last_step, window.
       prediction: "velocity" for a rectified-flow network; "eps", "x0" or "v" for one
         of Stable Diffusion's schedule.
 
@@ -125,18 +126,26 @@ def _ddim(sampler: Any, read: _Read) -> Kernel:
     return _kernel(schedules.ddim_levels(sampler.steps), step, eta > 0.0)
 
 
-def _quiet_end(sampler: Any, amount: float) -> tuple[Callable[[Array], Array], Any]:
-    """The noise amount as a function of the next sigma, and the steps that have it."""
-    quiet = sampler.last_step == "deterministic"
-    stochastic = np.full(sampler.steps, amount > 0.0)
-    stochastic[-1] &= not quiet
-    scale = lambda s: jnp.where((s == 0.0) & quiet, 0.0, amount)  # noqa: E731
-    return scale, stochastic
+def _noise(sampler: Any, amount: float, quiet_end: bool) -> tuple[Callable, np.ndarray]:
+    """The noise amount as a function of the next sigma, and the steps that have it.
+
+    Steps outside of `sampler.window` are those of the ODE (MixGRPO, Li et al. 2025).
+    """
+    sigmas = schedules.flow_sigmas(sampler.steps, sampler.shift)
+    start, stop = sampler.window or (0, sampler.steps)
+    stop = min(stop, sampler.steps - 1) if quiet_end else stop
+    stochastic = np.zeros(sampler.steps, bool)
+    stochastic[start:stop] = amount > 0.0
+    # Half way between the next sigmas of steps with noise and of those without
+    between = np.concatenate([[np.inf], (sigmas[1:-1] + sigmas[2:]) / 2, [-np.inf]])
+    high, low = float(between[start]), float(between[stop])
+    return lambda s: jnp.where((low < s) & (s < high), amount, 0.0), stochastic
 
 
 def _flow_grpo(sampler: Any, read: _Read) -> Kernel:
     sigmas = schedules.flow_sigmas(sampler.steps, sampler.shift)
-    amount, stochastic = _quiet_end(sampler, float(sampler.noise_level))
+    quiet = sampler.last_step == "deterministic"
+    amount, stochastic = _noise(sampler, float(sampler.noise_level), quiet)
     second = float(sigmas[1])
 
     def step(x: Array, prediction: Array, t: Array, s: Array, memory: Any) -> Gaussian:
@@ -148,7 +157,8 @@ def _flow_grpo(sampler: Any, read: _Read) -> Kernel:
 
 def _dance(sampler: Any, read: _Read) -> Kernel:
     sigmas = schedules.flow_sigmas(sampler.steps, sampler.shift)
-    amount, stochastic = _quiet_end(sampler, float(sampler.eta))
+    quiet = sampler.last_step == "deterministic"
+    amount, stochastic = _noise(sampler, float(sampler.eta), quiet)
 
     def step(x: Array, prediction: Array, t: Array, s: Array, memory: Any) -> Gaussian:
         return dance_step(x, read(x, prediction, t, "velocity"), t, s, amount(s))
@@ -158,12 +168,12 @@ def _dance(sampler: Any, read: _Read) -> Kernel:
 
 def _cps(sampler: Any, read: _Read) -> Kernel:
     levels = _pairs(schedules.flow_sigmas(sampler.steps, sampler.shift))
-    amount = float(sampler.noise_level)
+    amount, stochastic = _noise(sampler, float(sampler.noise_level), quiet_end=True)
 
     def step(x: Array, prediction: Array, t: Array, s: Array, memory: Any) -> Gaussian:
-        return cps_step(x, read(x, prediction, t, "velocity"), t, s, amount)
+        return cps_step(x, read(x, prediction, t, "velocity"), t, s, amount(s))
 
-    return _kernel(levels, step, (levels[:, 1] > 0.0) & (amount > 0.0))
+    return _kernel(levels, step, stochastic)
 
 
 def _edm(sampler: Any, read: _Read) -> Kernel:
@@ -220,6 +230,7 @@ def _check(sampler: Any, prediction: str) -> None:
     ends = ("stochastic", "deterministic")
     last = sampler.last_step
     _require(last in ends, "sampler.last_step", last, f"one of {ends}")
+    _check_window(sampler)
     _require(sampler.shift > 0.0, "sampler.shift", sampler.shift, "above 0")
     if kernel in ("flow_grpo", "cps"):
         a, high = sampler.noise_level, 1.0 if kernel == "cps" else np.inf
@@ -232,6 +243,24 @@ def _check(sampler: Any, prediction: str) -> None:
         _require(sampler.churn >= 0.0, "sampler.churn", sampler.churn, "0 or more")
         _require(low > 0.0, "sampler.sigma_min", low, "above 0")
         _require(high > low, "sampler.sigma_max", high, f"above sigma_min = {low}")
+
+
+def _check_window(sampler: Any) -> None:
+    window, flow = tuple(sampler.window), ("flow_grpo", "dance", "cps")
+    if not window:
+        return
+    _require(
+        sampler.kernel in flow,
+        "sampler.window",
+        f"{window} with sampler.kernel {sampler.kernel}",
+        f"() but for the kernels {', '.join(flow)}",
+    )
+    _require(
+        len(window) == 2 and 0 <= window[0] < window[1] <= sampler.steps,
+        "sampler.window",
+        window,
+        f"(first, stop) with 0 <= first < stop <= sampler.steps = {sampler.steps}",
+    )
 
 
 def _check_range(levels: np.ndarray, state: schedules.Process, prediction: str) -> None:

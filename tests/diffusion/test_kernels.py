@@ -82,6 +82,26 @@ def test_std_is_exactly_zero_where_the_kernel_says_so(name, noisy, last_step):
     np.testing.assert_array_equal(np.asarray(step.std) > 0.0, expected)
 
 
+@pytest.mark.parametrize("name", ["flow_grpo", "dance", "cps"])
+@pytest.mark.parametrize("last_step", ["deterministic", "stochastic"])
+@pytest.mark.parametrize("window", [(0, 3), (2, 4), (2, STEPS), (STEPS - 1, STEPS)])
+def test_noise_is_in_its_window_and_elsewhere_is_the_ode(name, last_step, window):
+    kernel = make_kernel(sampler(name, last_step=last_step, window=window))
+    everywhere = make_kernel(sampler(name, last_step=last_step))
+    inside = np.zeros(STEPS, bool)
+    inside[slice(*window)] = True
+    np.testing.assert_array_equal(kernel.stochastic, inside & everywhere.stochastic)
+    x, v = states(name, kernel), jnp.asarray(EPS - X0)
+    found = kernel.step(x, v, *levels(kernel), None)
+    noisy = everywhere.step(x, v, *levels(kernel), None)
+    ode = make_kernel(sampler(name, **QUIET)).step(x, v, *levels(kernel), None)
+    for value, there, elsewhere in zip(found, noisy, ode, strict=True):
+        shape = (STEPS, *(1,) * (value.ndim - 1))
+        np.testing.assert_array_equal(
+            value, np.where(kernel.stochastic.reshape(shape), there, elsewhere)
+        )
+
+
 @pytest.mark.parametrize("name", KERNELS)
 def test_network_sees_the_rectified_flow(name):
     kernel = make_kernel(sampler(name))
@@ -202,6 +222,11 @@ def test_other_predictions_take_the_same_step(name, prediction):
         ("flow_grpo", {"steps": 0}, "sampler.steps"),
         ("ddim", {"steps": 1000}, "sampler.steps"),
         ("flow_grpo", {"last_step": "none"}, "sampler.last_step"),
+        ("ddim", {"window": (0, 2)}, "sampler.window"),
+        ("edm", {"window": (0, 2)}, "sampler.window"),
+        ("cps", {"window": (2,)}, "sampler.window"),
+        ("dance", {"window": (2, 2)}, "sampler.window"),
+        ("flow_grpo", {"steps": 5, "window": (0, 6)}, "sampler.window"),
         ("dance", {"shift": 0.0}, "sampler.shift"),
         ("flow_grpo", {"noise_level": -0.1}, "sampler.noise_level"),
         ("cps", {"noise_level": 1.1}, "sampler.noise_level"),
