@@ -270,7 +270,8 @@ def tell_differences(
         raise UserError(
             f"{workdir.root} holds a run of another model",
             got="\n           ".join(_listed(wrong)),
-            wanted="the model that the run trained, as its config.json has it",
+            wanted="the model that the run trained, as its config.json has it"
+            + ", and its seed, from which random weights are drawn" * ("seed" in wrong),
             way_out="give the flags that the run was started with",
         )
     if found and is_main():
