@@ -28,7 +28,7 @@ def get_config(variant: str = "") -> ConfigDict:
     # width, depth, heads and patch are those of the emoji and the video network
     c.model.width = 192  # channels of the transformer
     c.model.depth = 6  # blocks
-    c.model.heads = 6  # attention heads
+    c.model.heads = 6  # attention heads; an .npz of --mode=export says its own
     c.model.patch = 4  # pixels a token is wide
     c.model.image_size = 32  # pixels; stable_diffusion: 0 is what the UNet is made for
     c.model.dtype = "float32"  # of the network; "float32" | "bfloat16": states,

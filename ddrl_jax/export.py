@@ -103,10 +103,9 @@ def _refuse_existing(target: Path) -> None:
 
 
 def _archive(config: Any, weights: Params, target: Path) -> Path:
-    del config
     _refuse_existing(target)
     target.parent.mkdir(exist_ok=True)
-    write_params(target, weights)
+    write_params(target, weights, heads=config.model.heads)
     return target
 
 

@@ -206,6 +206,8 @@ def test_the_exported_weights_are_the_average_in_half(tmp_path, capsys, monkeypa
         np.testing.assert_array_equal(a, b)
     pipeline = emoji_pipeline(settings(model__init=str(path)))
     assert jax.tree.structure(pipeline.load()) == jax.tree.structure(half)
+    with pytest.raises(UserError, match="other heads"):
+        emoji_pipeline(settings(model__init=str(path), model__heads=4))
     monkeypatch.setattr("ddrl_jax.export.build", no_build)
     with pytest.raises(UserError, match="already there"):
         export_mode(config, str(tmp_path))
