@@ -35,7 +35,8 @@ def get_config(variant: str = "") -> ConfigDict:
     # log-probs and losses are float32 with either
     c.model.attention = "auto"  # by backend, dtype, lengths and mesh one of "xla",
     # "chunked" (memory of 1,024 queries at a time), "cudnn" (NVIDIA), "splash" (TPU),
-    # and where mesh.context > 1 "ulysses" (if it divides the heads) or "ring"
+    # and where mesh.context > 1 "ulysses" (if it divides the heads) or "ring", which
+    # are of self-attention: that to a prompt is then as by "auto"
     c.model.remat = "none"  # what a block keeps for its gradient: "none" (everything;
     # the policy term still computes its forward pass twice) | "full" (its input only) |
     # "dots" (products with weights) | "named" (the outputs of its layers) | "offload"
