@@ -230,7 +230,8 @@ def get_config(variant: str = "") -> ConfigDict:
     c.checkpoint.keep = 2
     c.checkpoint.resume = "latest"  # "latest" | "last_good" (skip a damaged one)
 
-    c.sample = ConfigDict()  # --mode=sample
+    c.sample = ConfigDict()  # --mode=sample; prompts.* need not be those of the run,
+    # and where they are not the captions of its data, these need not be there
     c.sample.per_prompt = 8
     c.sample.solver = "auto"  # deterministic: "euler" | "heun" (flow ODE), "ddim" (eta
     # 0, for any network), "auto": ddim for stable_diffusion, else euler

@@ -65,7 +65,7 @@ def export_mode(config: Any, workdir: str) -> None:
             way_out="train first, or correct --workdir",
         )
     _refuse_existing(_target(config, home.root, newest))  # before anything is built
-    whole = without_data(config).copy_and_resolve_references()
+    whole = without_data(config, "export")
     whole.lora.base_dtype = "float32"  # the base itself, not what bfloat16 left of it
     program = build(whole)
     epoch, state, *_ = start(program, checkpoints)
