@@ -155,14 +155,18 @@ def write_params(
     try:
         with draft.open("w+b") as file:  # by its path NumPy would add another ".npz"
             np.savez_compressed(file, **arrays)
-            if heads is not None:
-                with zipfile.ZipFile(file, "a") as archive:
-                    archive.comment = HEADS % str(heads).encode()
+            _note_heads(file, heads)
             file.flush()
             os.fsync(file.fileno())
         draft.replace(path)
     finally:
         draft.unlink(missing_ok=True)
+
+
+def _note_heads(file: Any, heads: int | None) -> None:
+    if heads is not None:
+        with zipfile.ZipFile(file, "a") as archive:
+            archive.comment = HEADS % str(heads).encode()
 
 
 def check_params(params: Params, shapes: Params, source: Path) -> None:
