@@ -28,7 +28,7 @@ def get_config(variant: str = "") -> ConfigDict:
     # width, depth, heads and patch are those of the emoji and the video network
     c.model.width = 192  # channels of the transformer
     c.model.depth = 6  # blocks
-    c.model.heads = 6  # attention heads
+    c.model.heads = 6  # attention heads; an .npz of --mode=export says its own
     c.model.patch = 4  # pixels a token is wide
     c.model.image_size = 32  # pixels; stable_diffusion: 0 is what the UNet is made for
     c.model.dtype = "float32"  # of the network; "float32" | "bfloat16": states,
@@ -38,7 +38,8 @@ def get_config(variant: str = "") -> ConfigDict:
     c.model.matmul_precision = "highest"
     c.model.attention = "auto"  # by backend, dtype, lengths and mesh one of "xla",
     # "chunked" (memory of 1,024 queries at a time), "cudnn" (NVIDIA), "splash" (TPU),
-    # and where mesh.context > 1 "ulysses" (if it divides the heads) or "ring"
+    # and where mesh.context > 1 "ulysses" (if it divides the heads) or "ring", which
+    # are of self-attention: that to a prompt is then as by "auto"
     c.model.remat = "none"  # what a block keeps for its gradient: "none" (everything;
     # the policy term still computes its forward pass twice) | "full" (its input only) |
     # "dots" (products with weights) | "named" (the outputs of its layers) | "offload"
@@ -234,7 +235,8 @@ def get_config(variant: str = "") -> ConfigDict:
     c.checkpoint.keep = 2
     c.checkpoint.resume = "latest"  # "latest" | "last_good" (skip a damaged one)
 
-    c.sample = ConfigDict()  # --mode=sample
+    c.sample = ConfigDict()  # --mode=sample; prompts.* need not be those of the run,
+    # and where they are not the captions of its data, these need not be there
     c.sample.per_prompt = 8
     c.sample.solver = "auto"  # deterministic: "euler" | "heun" (flow ODE), "ddim" (eta
     # 0, for any network), "auto": ddim for stable_diffusion, else euler

@@ -28,12 +28,13 @@ from ddrl_jax.terms import WEIGHTED
 _CLIP_RANGE = 1e-4  # what configs/base.py has, which says that nobody chose one
 
 
-def check_config(config: Any, device_count: int) -> None:
+def check_config(config: Any, device_count: int, trains: bool = True) -> None:
     """Refuses a configuration that can not run, on the host, without computing.
 
     Args:
       config: what get_config() of a configuration file returned.
       device_count: devices of all processes together, which the mesh has to cover.
+      trains: False for a mode to which weights that are not trained are as good.
 
     Raises:
       UserError: the first key, combination of keys or file that is wrong.
@@ -44,7 +45,7 @@ def check_config(config: Any, device_count: int) -> None:
     check_network(config)
     _check_data(config)
     _check_prompts(config)
-    check_objective(config)
+    check_objective(config, trains)
     _check_batches(config)
     _check_mesh(config, device_count)
     check_optimizer(config)

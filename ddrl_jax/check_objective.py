@@ -11,13 +11,17 @@ from ddrl_jax.models.pipelines import data_sources
 from ddrl_jax.terms import WEIGHTED
 
 
-def check_objective(config: Any) -> None:
+def check_objective(config: Any, trains: bool = True) -> None:
     """Refuses terms, rewards, advantages and steps that do not go together.
+
+    Args:
+      config: the whole configuration.
+      trains: False where there need be nothing to train on.
 
     Raises:
       UserError: the first combination that is wrong.
     """
-    _check_weights(config)
+    _check_weights(config, trains)
     _check_rewards(config)
     # checks the ranges that depend on the kernel
     make_kernel(config.sampler, _prediction(config))
@@ -37,10 +41,10 @@ def _prediction(config: Any) -> str:
     return "eps" if config.model.name == "stable_diffusion" else "velocity"
 
 
-def _check_weights(config: Any) -> None:
+def _check_weights(config: Any, trains: bool) -> None:
     policy, data_term = config.policy, config.data_term
     require(
-        policy.weight > 0 or data_term.weight > 0,
+        not trains or policy.weight > 0 or data_term.weight > 0,
         "there is nothing to train on",
         got="policy.weight 0 and data_term.weight 0",
         wanted="at least one above 0",

@@ -252,20 +252,20 @@ def evaluate_mode(config: Any, workdir: str) -> None:
     those of config.evaluate, are named on stderr.
 
     Raises:
-      UserError: the folder holds no run.
+      UserError: the folder holds no run, or weights would be drawn from another seed.
     """
     from ddrl_jax.checkpoint import Checkpoints
     from ddrl_jax.program import build
-    from ddrl_jax.resume import start
+    from ddrl_jax.resume import drawn_from, start
     from ddrl_jax.workdir import open_workdir, tell_differences
 
     home = open_workdir(workdir, config, exclusive=False)
-    tell_differences(home, config, ("evaluate.",))
+    checkpoints = Checkpoints(home.checkpoints, 0, 1, read_only=True)
+    tell_differences(home, config, ("evaluate.",), drawn_from(config, checkpoints))
     # Before the large model: a file or server that is missing is told at once.
     judges = make_rewards(config.rewards)
     check_rewards(judges)
     program = build(config, judges)
-    checkpoints = Checkpoints(home.checkpoints, 0, 1, read_only=True)
     if is_main() and checkpoints.latest() is None:
         print(f"{home.root} has no checkpoint: its first weights", file=sys.stderr)
     epoch, state, *_ = start(program, checkpoints)

@@ -15,7 +15,7 @@ from ddrl_jax.models.export_diffusers import write_lora, write_pipeline
 from ddrl_jax.models.lora import merge_lora
 from ddrl_jax.models.stable_diffusion import model_folder
 from ddrl_jax.program import Program, build
-from ddrl_jax.resume import start
+from ddrl_jax.resume import drawn_from, start
 from ddrl_jax.sharding import to_host
 from ddrl_jax.sources import without_data
 from ddrl_jax.workdir import open_workdir, tell_differences
@@ -49,11 +49,13 @@ def export_mode(config: Any, workdir: str) -> None:
 
     Raises:
       UserError: the run has no checkpoint, its place is taken, or its model or LoRA
-        is another one: a LoRA's scale is no part of its weights.
+        is another one: a LoRA's scale is no part of its weights, nor is the seed that
+        a random base under it is drawn from.
     """
     home = open_workdir(workdir, config, exclusive=False)
-    tell_differences(home, config, FREE, never=("model.", "lora."))
     checkpoints = Checkpoints(home.checkpoints, 0, 1, read_only=True)
+    never = ("model.", "lora.", *drawn_from(config, checkpoints))
+    tell_differences(home, config, FREE, never)
     newest = checkpoints.latest()
     if newest is None:
         raise UserError(
@@ -63,7 +65,7 @@ def export_mode(config: Any, workdir: str) -> None:
             way_out="train first, or correct --workdir",
         )
     _refuse_existing(_target(config, home.root, newest))  # before anything is built
-    whole = without_data(config).copy_and_resolve_references()
+    whole = without_data(config, "export")
     whole.lora.base_dtype = "float32"  # the base itself, not what bfloat16 left of it
     program = build(whole)
     epoch, state, *_ = start(program, checkpoints)
@@ -101,10 +103,9 @@ def _refuse_existing(target: Path) -> None:
 
 
 def _archive(config: Any, weights: Params, target: Path) -> Path:
-    del config
     _refuse_existing(target)
     target.parent.mkdir(exist_ok=True)
-    write_params(target, weights)
+    write_params(target, weights, heads=config.model.heads)
     return target
 
 

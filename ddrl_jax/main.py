@@ -90,8 +90,9 @@ def _dispatch(command: Command, join: bool) -> None:
     more = (command.profile,) if command.profile else ()  # only of mode train
     # The other processes are told of a full disk as of any other mistake.
     with joined(where) if join else nullcontext(), _disk_explained():
-        used = without_data(config) if mode in DATALESS else config
-        check_config(used, _device_count())
+        trains = mode not in DATALESS
+        used = config if trains else without_data(config, mode)
+        check_config(used, _device_count(), trains)
         check_agreement(
             {"--mode": mode, "ddrl_jax": __version__} | shared_settings(config)
         )

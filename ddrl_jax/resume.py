@@ -38,6 +38,20 @@ class Start(NamedTuple):
         return self.epoch - (self.line is not None) if self.epoch else -1
 
 
+def drawn_from(config: Any, checkpoints: Checkpoints) -> tuple[str, ...]:
+    """The keys that weights depend on which are drawn anew at every start.
+
+    Of a random start no checkpoint has the base under a LoRA, and without a checkpoint
+    all weights are those that the run began with: functions of its seed.
+
+    Args:
+      config: the whole configuration.
+      checkpoints: of the run that is looked at.
+    """
+    anew = config.lora.rank or checkpoints.latest() is None
+    return ("seed",) if anew and config.model.init == "random" else ()
+
+
 def start(program: Program, checkpoints: Checkpoints) -> Start:
     """The state to begin with: the newest checkpoint's, or a new one."""
     config = program.config

@@ -23,7 +23,7 @@ from ddrl_jax.program import Program, build
 from ddrl_jax.resume import start
 from ddrl_jax.sharding import to_host
 from ddrl_jax.sources import without_data
-from ddrl_jax.workdir import open_workdir
+from ddrl_jax.workdir import open_workdir, tell_differences
 
 SAMPLE_STREAM = 3_000_017  # folded into the seed: noise of its own
 
@@ -32,8 +32,10 @@ def sample_mode(config: Any, workdir: str) -> None:
     """Writes config.sample.per_prompt samples of every prompt as a TFDS data set.
 
     The policy is the newest checkpoint of WORKDIR, or the starting weights where it
-    has none; solver, steps and guidance are those of config.sample. The set can anchor
-    DDRL: config.data.source="samples", data.path=FOLDER.
+    has none; solver, steps and guidance are those of config.sample, and the prompts may
+    be others than the run's, which is told. The data of the run need not be there, but
+    for prompts.source "data". The set can anchor DDRL: config.data.source="samples",
+    data.path=FOLDER.
 
     Args:
       config: the whole configuration.
@@ -43,10 +45,11 @@ def sample_mode(config: Any, workdir: str) -> None:
       UserError: the output folder exists already, or a sample is not finite.
     """
     with open_workdir(workdir, config, mode="sample") as home:
+        tell_differences(home, config, ())  # of a run that has begun: other prompts
         output = Path(config.sample.output or home.root / "dataset")
         refuse_existing(output)  # before anything is built
         with _held(output):
-            program = build(without_data(config))
+            program = build(without_data(config, "sample"))
             checkpoints = Checkpoints(home.checkpoints, 0, 1, read_only=True)
             state = start(program, checkpoints).state
             drawn = _draw(program, state)

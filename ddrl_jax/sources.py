@@ -23,6 +23,8 @@ from ddrl_jax.models.folder import fingerprint
 from ddrl_jax.models.sd_folder import described, read_source
 from ddrl_jax.models.stable_diffusion import model_folder
 
+ANY_PROMPT = "cat"  # which every model can read
+
 
 def make_source(config: Any, pipeline: Pipeline) -> DataSource | None:
     """The captioned data of config.data, or None for source "none".
@@ -55,16 +57,23 @@ def in_short(source: DataSource | None) -> dict[str, str]:
     }
 
 
-def without_data(config: Any) -> Any:
+def without_data(config: Any, mode: str) -> Any:
     """A copy for the modes that use a policy and no data: none need be there.
 
-    The configuration itself where its prompts are the captions of the data.
+    What is exported has nothing to do with prompts either; to sample, it is the
+    configuration itself where its prompts are the captions of the data.
+
+    Args:
+      config: the whole configuration.
+      mode: "sample" or "export".
     """
-    if config.prompts.source == "data" or not config.policy.weight:
+    if mode == "sample" and config.prompts.source == "data":
         return config
     config = config.copy_and_resolve_references()
     config.data.update(source="none", heldout=0)
     config.data_term.weight = 0.0
+    if mode == "export":
+        config.prompts.update(source="list", list=(ANY_PROMPT,), limit=0)
     return config
 
 

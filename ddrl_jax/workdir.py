@@ -125,7 +125,7 @@ def open_workdir(
       exclusive: lock the folder, compare and store the config, note this start. False
         only reads beside a run (the folder must exist).
       mode: in which this start works; another one than "train" leaves the config of a
-        run that has begun as it is.
+        run that has begun as it is, and may have other prompts.
 
     Raises:
       UserError: the folder can not be created or written, another run is using it, or
@@ -229,8 +229,9 @@ def _settle_config(workdir: Workdir, wanted: dict[str, Any], keep: bool) -> None
                 way_out="put config.json back, or use another --workdir",
             )
     else:
-        _compare_config(workdir, wanted)
-        if keep and _begun(workdir):
+        begun = keep and _begun(workdir)
+        _compare_config(workdir, wanted, ("prompts.",) if begun else ())
+        if begun:
             return
     text = json.dumps(_nested(wanted), indent=2, sort_keys=True) + "\n"
     replace_file(workdir.config, text.encode())
@@ -274,7 +275,8 @@ def tell_differences(
         raise UserError(
             f"{workdir.root} holds a run of another model",
             got="\n           ".join(_listed(wrong)),
-            wanted="the model that the run trained, as its config.json has it",
+            wanted="the model that the run trained, as its config.json has it"
+            + ", and its seed, from which random weights are drawn" * ("seed" in wrong),
             way_out="give the flags that the run was started with",
         )
     if found and is_main():
@@ -298,9 +300,10 @@ def _listed(found: Mapping[str, tuple[Any, Any]]) -> list[str]:
     return [f"{key}: {old!r} there, {new!r} here" for key, (old, new) in found.items()]
 
 
-def _compare_config(workdir: Workdir, wanted: dict[str, Any]) -> None:
+def _compare_config(workdir: Workdir, wanted: dict, but: tuple[str, ...]) -> None:
     """Refuses another config where a run has begun, else says what replaces it."""
     found = differing_keys(_stored(workdir), wanted)
+    found = {key: pair for key, pair in found.items() if not key.startswith(but)}
     other_version = "; one that is not there: go on with the version of the stored run"
     if found and _begun(workdir):
         raise UserError(

@@ -135,11 +135,12 @@ def test_only_what_is_trained_on_data_needs_them():
     config = read("aesthetic.py:ddrl-smoke")
     with pytest.raises(UserError, match="data.path is no folder"):
         check_config(config, 1)
-    used = without_data(config)
+    used = without_data(config, "sample")
     check_config(used, 1)
     assert config.data.source == "folder" and config.data_term.weight > 0
     config.prompts.source = "data"  # its captions are the prompts
-    assert without_data(config).data.source == "folder"
+    assert without_data(config, "sample").data.source == "folder"
+    assert without_data(config, "export").data.source == "none"
 
 
 # ---- the other policy terms

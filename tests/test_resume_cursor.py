@@ -4,12 +4,14 @@ import json
 from types import SimpleNamespace
 
 import pytest
-from tiny_runs import WORDS, flat_source, tiny_program
+from edited_config import configured
+from tiny_runs import TINY, WORDS, flat_source, tiny_program
 
 import ddrl_jax.train as loop
 from ddrl_jax.checkpoint import Checkpoints
 from ddrl_jax.errors import UserError
-from ddrl_jax.evaluate import Evaluation
+from ddrl_jax.evaluate import Evaluation, evaluate_mode
+from ddrl_jax.export import export_mode
 from ddrl_jax.preemption import Preemption
 from ddrl_jax.resume import save, start
 from ddrl_jax.workdir import open_workdir
@@ -198,3 +200,25 @@ def test_an_epoch_is_saved_before_its_evaluation_which_may_fail(
         last = [json.loads(x) for x in home.metrics.open()][-1]
     assert trained == [0]  # and not a second time
     assert (last["step"], last["loss"], last["heldout"]) == (1, 1.0, 3.0)
+
+
+# What of a run is drawn anew from its seed, when another mode looks at it.
+DRAWN = {
+    "the base under a LoRA": (True, {"lora.rank": 2}, "seed: 0 there, 1 here"),
+    "the first weights": (False, {}, "seed: 0 there, 1 here|no checkpoint"),
+    "nothing": (True, {}, None),
+    "nothing of loaded ones": (True, {"lora.rank": 2, "model.init": "x.npz"}, None),
+}
+
+
+@pytest.mark.parametrize("mode", [export_mode, evaluate_mode])
+@pytest.mark.parametrize("drawn", DRAWN)
+def test_weights_are_never_drawn_from_another_seed(mode, drawn, tmp_path, monkeypatch):
+    saved, edits, told = DRAWN[drawn]
+    for module in ("export", "program"):
+        monkeypatch.setattr(f"ddrl_jax.{module}.build", lambda *_: 1 / 0)
+    with open_workdir(tmp_path, configured(TINY | edits)) as home:
+        if saved:
+            (home.checkpoints / "1").mkdir(parents=True)
+    with pytest.raises(UserError if told else ZeroDivisionError, match=told):
+        mode(configured(TINY | edits | {"seed": 1}), str(tmp_path))

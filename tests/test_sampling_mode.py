@@ -1,6 +1,7 @@
 """--mode=sample, export and evaluate: a run as data, as weights, and judged again."""
 
 import json
+import shutil
 
 import jax
 import numpy as np
@@ -9,6 +10,7 @@ from edited_config import configured
 from tiny_runs import TINY, WORDS, perturbed, perturbed_state
 
 from ddrl_jax import evaluate, sample
+from ddrl_jax.check_config import check_config
 from ddrl_jax.checkpoint import Checkpoints
 from ddrl_jax.data.emoji import read_emoji
 from ddrl_jax.errors import UserError
@@ -19,6 +21,7 @@ from ddrl_jax.objectives.advantages import PerPromptTracker
 from ddrl_jax.program import build
 from ddrl_jax.resume import save
 from ddrl_jax.sample import sample_mode
+from ddrl_jax.sources import without_data
 from ddrl_jax.workdir import open_workdir
 
 # Ten samples in microbatches of four: the last one is half empty.
@@ -143,6 +146,37 @@ def test_sampling_leaves_a_run_as_it_is(tmp_path, capfd):
     assert not (tmp_path / ".dataset.part").exists()
 
 
+def test_a_run_is_sampled_with_other_prompts_which_are_told(tmp_path, capsys):
+    save_epoch(settings(), tmp_path, 0.05)
+    sample_mode(settings(prompts__list=WORDS[2:3]), str(tmp_path))
+    assert read_emoji(tmp_path / "dataset")[1] == (WORDS[2],) * 5
+    assert "prompts.list: ['cat', 'dog'] there" in capsys.readouterr().err
+    with pytest.raises(UserError, match="seed: 0 there, 1 here"):
+        sample_mode(settings(seed=1, sample__output="elsewhere"), str(tmp_path))
+
+
+@pytest.mark.parametrize("captions", ["data", "list"])
+def test_what_was_trained_on_data_alone_is_used_without_them(
+    sampled, captions, tmp_path
+):
+    data = shutil.copytree(sampled / "dataset", tmp_path / "data")
+    trained = {"policy__weight": 0.0, "data_term__weight": 1.0, "rewards__weights": {}}
+    trained |= {"data__source": "samples", "data__path": str(data)}
+    trained |= {"evaluate__pictures": 0}
+    config = settings(**trained, prompts__source=captions)
+    save_epoch(config, tmp_path / "w", 0.05)
+    shutil.rmtree(data)
+    with pytest.raises(UserError, match="data.path is no folder"):
+        check_config(config, 1)
+    check_config(without_data(config, "export"), 1, trains=False)
+    export_mode(config, str(tmp_path / "w"))
+    assert (tmp_path / "w" / "export" / "000001.npz").is_file()
+    listed = settings(**trained)  # where the captions were the prompts, others are
+    check_config(without_data(listed, "sample"), 1, trains=False)
+    sample_mode(listed, str(tmp_path / "w"))
+    assert len(read_emoji(tmp_path / "w" / "dataset")[0]) == 10
+
+
 def black(finite):
     """A sampler of black pictures; of each batch, which of them are finite."""
     batches = iter(finite)
@@ -206,6 +240,8 @@ def test_the_exported_weights_are_the_average_in_half(tmp_path, capsys, monkeypa
         np.testing.assert_array_equal(a, b)
     pipeline = emoji_pipeline(settings(model__init=str(path)))
     assert jax.tree.structure(pipeline.load()) == jax.tree.structure(half)
+    with pytest.raises(UserError, match="other heads"):
+        emoji_pipeline(settings(model__init=str(path), model__heads=4))
     monkeypatch.setattr("ddrl_jax.export.build", no_build)
     with pytest.raises(UserError, match="already there"):
         export_mode(config, str(tmp_path))

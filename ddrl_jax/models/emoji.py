@@ -3,6 +3,7 @@
 import difflib
 import hashlib
 import os
+import re
 import zipfile
 import zlib
 from collections.abc import Callable, Sequence
@@ -25,6 +26,7 @@ from ddrl_jax.sharding import table
 
 ASSETS = Path(__file__).parent.parent / "assets"
 BASE = ASSETS / "emoji_base.npz"
+HEADS = b"ddrl_jax heads=%b"  # the comment of an archive of weights
 LENGTH = 6  # words of a prompt; the longest caption has five
 # What reading an empty, torn or foreign file in place of an .npz raises.
 DAMAGE = (OSError, ValueError, EOFError, TypeError, IndexError)
@@ -90,6 +92,16 @@ def read_shapes(path: Path) -> Params:
     return _read(path, _header)
 
 
+def read_heads(path: Path) -> int | None:
+    """Attention heads of the network of an .npz; None where the file does not say.
+
+    No shape tells them, and with others the same weights are another function.
+    """
+    with zipfile.ZipFile(path) as archive:
+        found = re.fullmatch(HEADS % rb"(\d+)", archive.comment)
+    return int(found[1]) if found else None
+
+
 def _header(file: Any, name: str) -> jax.ShapeDtypeStruct:
     with file.zip.open(f"{name}.npy") as member:
         np.lib.format.read_magic(member)
@@ -113,8 +125,17 @@ def _read(path: Path, leaf: Callable[[Any, str], Any]) -> Params:
         ) from e
 
 
-def write_params(path: Path, params: Params, dtype: str = "float16") -> None:
+def write_params(
+    path: Path, params: Params, dtype: str = "float16", heads: int | None = None
+) -> None:
     """Writes a nested dict of arrays as a compressed .npz, by default in half.
+
+    Args:
+      path: of the file.
+      params: the tree.
+      dtype: of the arrays in the file.
+      heads: attention heads of the network, for `read_heads`. They stand in the
+        archive's comment, which who reads the arrays alone does not meet.
 
     Raises:
       UserError: a value is not finite, or too large for `dtype`; nothing is written.
@@ -132,13 +153,20 @@ def write_params(path: Path, params: Params, dtype: str = "float16") -> None:
         )
     draft = path.with_name(path.name + ".part")
     try:
-        with draft.open("wb") as file:  # by its path NumPy would add a second ".npz"
+        with draft.open("w+b") as file:  # by its path NumPy would add another ".npz"
             np.savez_compressed(file, **arrays)
+            _note_heads(file, heads)
             file.flush()
             os.fsync(file.fileno())
         draft.replace(path)
     finally:
         draft.unlink(missing_ok=True)
+
+
+def _note_heads(file: Any, heads: int | None) -> None:
+    if heads is not None:
+        with zipfile.ZipFile(file, "a") as archive:
+            archive.comment = HEADS % str(heads).encode()
 
 
 def check_params(params: Params, shapes: Params, source: Path) -> None:
@@ -154,6 +182,19 @@ def check_params(params: Params, shapes: Params, source: Path) -> None:
         wanted=f"{first}: {want.get(first, 'no such leaf')}",
         way_out="set config.model width, depth, heads, patch and image_size to those "
         "of the weights, or choose other weights with config.model.init",
+    )
+
+
+def _check_heads(heads: int, path: Path) -> None:
+    told = read_heads(path)  # a file of an earlier version says nothing
+    if told in (None, heads):
+        return
+    raise UserError(
+        f"the weights {path} were trained with other heads",
+        got=f"model.heads {heads}",
+        wanted=f"{told} heads",
+        way_out=f"--config.model.heads={told}, or choose other weights with "
+        "config.model.init",
     )
 
 
@@ -190,7 +231,7 @@ def emoji_pipeline(config, mesh: Mesh | None = None) -> Pipeline:
     shape = (model.image_size, model.image_size, 3)
     example = (jnp.zeros((1, *shape)), jnp.zeros(1), jnp.zeros((1, LENGTH), jnp.int32))
     made = make_denoiser(network, example, table(config.sharding))
-    load, fingerprint = _starting_weights(model.init, made.shapes["params"])
+    load, fingerprint = _starting_weights(model, made.shapes["params"])
     return Pipeline(
         encode=lambda prompts: Cond(jnp.asarray(tokenize(prompts, vocabulary))),
         uncond=Cond(jnp.zeros((1, LENGTH), jnp.int32)),
@@ -206,12 +247,13 @@ def emoji_pipeline(config, mesh: Mesh | None = None) -> Pipeline:
     )
 
 
-def _starting_weights(init: str, shapes: Params):
+def _starting_weights(model: Any, shapes: Params):
     """(load, fingerprint) of config.model.init."""
-    if init == "random":
+    if model.init == "random":
         return (lambda: None), "random"
-    path = BASE if init == "assets" else Path(init)
+    path = BASE if model.init == "assets" else Path(model.init)
     check_params(read_shapes(path), shapes, path)  # before anything is loaded
+    _check_heads(model.heads, path)
 
     def load() -> Params:
         params = read_params(path)

@@ -53,8 +53,11 @@ class Layout(NamedTuple):
         k: Float[Array, "b n h d"],
         v: Float[Array, "b n h d"],
     ) -> Float[Array, "b l h d"]:
-        """Attention of the tokens a device has to all words of the prompt."""
+        """Attention of the tokens a device has to all words of the prompt.
+
+        Where `impl` divides tokens, which a prompt has too few of, it is as "auto".
+        """
         q = self._place(q, ("batch", "length", "heads"))
         k, v = (self._place(a, ("batch", None, "heads")) for a in (k, v))
-        mixed = attention(q, k, v, mesh=self.mesh)
+        mixed = attention(q, k, v, impl=self.impl, mesh=self.mesh)
         return self._place(mixed, ("batch", "length", "heads"))

@@ -12,9 +12,11 @@ from tiny_runs import perturbed
 from ddrl_jax.errors import UserError
 from ddrl_jax.interfaces import Cond
 from ddrl_jax.models.emoji import (
+    BASE,
     check_params,
     decode,
     emoji_pipeline,
+    read_heads,
     read_params,
     tokenize,
     write_params,
@@ -202,6 +204,22 @@ def test_it_starts_from_a_file_of_its_own_shapes(tmp_path):
         pipeline(**{"model.init": str(path), "model.image_size": 64})
     assert caught.value.got.startswith("position: ")
     assert "image_size" in caught.value.way_out
+
+
+def test_heads_are_those_that_the_weights_were_trained_with(tmp_path):
+    """No shape tells them; a file of an earlier version says nothing of them."""
+    random = jax.jit(pipeline().init)(jax.random.key(1))["params"]
+    path = tmp_path / "w.npz"
+    write_params(path, random, heads=2)
+    assert jax.tree.structure(read_params(path)) == jax.tree.structure(random)
+    edits = {"model.init": str(path)}
+    assert pipeline(**edits).load() is not None
+    with pytest.raises(UserError, match="other heads") as caught:
+        pipeline(**edits, **{"model.heads": 4})
+    assert (caught.value.got, caught.value.wanted) == ("model.heads 4", "2 heads")
+    write_params(path, random)
+    assert pipeline(**edits, **{"model.heads": 4}).load() is not None
+    assert read_heads(BASE) is None
 
 
 def test_missing_weights_are_named_before_anything_is_built(tmp_path):

@@ -12,6 +12,7 @@ from configs import video_14b
 from ddrl_jax.check_config import check_config
 from ddrl_jax.errors import UserError
 from ddrl_jax.interfaces import Cond
+from ddrl_jax.models.attention import implementations
 from ddrl_jax.models.video_dit import from_patches, rotary_angles, rotate, to_patches
 from ddrl_jax.models.video_pipeline import (
     first_frame,
@@ -156,6 +157,14 @@ def test_any_mesh_gives_the_numbers_of_one_device(tiny, sizes):
     np.testing.assert_allclose(found, value, rtol=1e-5)
     for a, b in zip(jax.tree.leaves(grads), jax.tree.leaves(other), strict=True):
         np.testing.assert_allclose(b, a, rtol=1e-4, atol=1e-5 * jnp.abs(a).max())
+
+
+@pytest.mark.parametrize("impl", ["xla", "chunked"])
+def test_both_attentions_are_the_one_that_was_asked_for(tiny, impl):
+    _, params, batch = tiny
+    denoise = video_dit_pipeline(config(attention=impl)).denoise
+    found = implementations(lambda *x: denoise(params, None, *x), *batch)
+    assert found == (impl,)
 
 
 # What the attention of divided tokens sends; nothing else in a block sends tokens.
