@@ -130,6 +130,12 @@ def _phase(
         f"  FLOPs {flops:.3e} ({again:.0%} recomputed)      {bound.flops:10.2f} s at "
         f"{efficiency:.0%} of {chip.flops / 1e12:.0f} TFLOP/s"
     )
+    if found.count.repeated:
+        rest = found.count.repeated + found.count.model_flops
+        yield (
+            f"  of the rest {found.count.repeated / rest:.0%} because context divides "
+            "no convolution: its devices do it alike"
+        )
     size = bound.memory * chip.hbm_bandwidth
     yield (
         f"  memory traffic {size / GIB:12.1f} GiB           {bound.memory:10.2f} s at "
