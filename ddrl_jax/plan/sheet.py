@@ -60,8 +60,7 @@ def _memory(plan: Abstract, compiled: list[Compiled], chip: Chip) -> Iterator[st
     stays, peaks = resident(plan), {}
     for name, size in stays.items():
         yield _row(name, size)
-    for name in uncounted(plan):
-        yield f"  not counted, no folder with its config.json is here: {name}"
+    yield from (f"  not counted, {what}" for what in uncounted(plan))
     for found in compiled:
         for name, size in own(plan, found).items():
             if size or name.startswith("temporaries"):
