@@ -139,8 +139,7 @@ def _epochs(text: str, mode: str, total: object) -> tuple[int, int]:
     found = re.fullmatch(r"(\d+):(\d+)", text)
     epochs = (int(found[1]), int(found[2])) if found else (0, 0)
     # A wrong train.epochs has its own message, from check_config.
-    known = isinstance(total, int) and total > 0
-    last = total if known else max(epochs[1], 1)
+    last = total if isinstance(total, int) and total > 0 else max(epochs[1], 1)
     if mode != "train" or not 1 <= epochs[0] <= epochs[1] <= last:
         raise UserError(
             "--profile has no range of epochs to trace",
