@@ -1,8 +1,8 @@
 """Everything that can be known to be wrong before a weight is loaded.
 
 `config_rules` says what each key accepts, `check_objective` which terms go together and
-`check_network` which sizes; here are files, batches, devices and outputs. The first
-problem found is reported.
+`check_network` which sizes; here are batches, devices and outputs, and files and data,
+which a plan does without. The first problem found is reported.
 """
 
 import importlib.util
@@ -39,6 +39,25 @@ def check_config(config: Any, device_count: int, trains: bool = True) -> None:
     Raises:
       UserError: the first key, combination of keys or file that is wrong.
     """
+    check_shapes(config, device_count, trains)
+    _check_has_data(config)
+    _check_files(config)
+    _check_packages(config)
+
+
+def check_shapes(config: Any, device_count: int, trains: bool = True) -> None:
+    """All of `check_config` for which no file, data or logger has to be there.
+
+    A plan asks it too: data that do not exist yet may be planned with.
+
+    Args:
+      config: what get_config() of a configuration file returned.
+      device_count: devices that the mesh has to cover.
+      trains: False for a mode to which weights that are not trained are as good.
+
+    Raises:
+      UserError: the first key or combination of keys that is wrong.
+    """
     check_keys(config)
     _check_names(config)
     _check_solver(config)
@@ -49,25 +68,7 @@ def check_config(config: Any, device_count: int, trains: bool = True) -> None:
     _check_batches(config)
     _check_mesh(config, device_count)
     check_optimizer(config)
-    _check_outputs(config)
-
-
-def check_shapes(config: Any, device_count: int) -> None:
-    """The part of `check_config` that a plan needs: no file has to be there.
-
-    Args:
-      config: what get_config() of a configuration file returned.
-      device_count: devices that the mesh has to cover.
-
-    Raises:
-      UserError: the first key or combination of keys that is wrong.
-    """
-    check_keys(config)
-    _check_names(config)
-    check_network(config)
-    _check_batches(config)
-    _check_mesh(config, device_count)
-    check_optimizer(config)
+    _check_pictures(config)
 
 
 def _check_names(config: Any) -> None:
@@ -128,18 +129,6 @@ def _check_data(config: Any) -> None:
         wanted="one of " + ", ".join(fitting) + ', or "none" without a data term',
         way_out="change data.source",
     )
-    if data.source in ("samples", "folder"):
-        require(
-            bool(data.path) and Path(data.path).is_dir(),
-            f'data.path is no folder, which data.source "{data.source}" needs',
-            got=repr(data.path),
-            wanted="the folder of a data set",
-            way_out="--mode=sample writes samples and prints the path"
-            if data.source == "samples"
-            else "set config.data.path to a folder of pictures with captions",
-        )
-    if config.model.name == "stable_diffusion" and data.source != "none":
-        spelt_out(data.cache, "--config.data.cache")  # before a model is loaded
     _check_heldout(config)
     require(
         data.source != "none" or config.prompts.source != "data",
@@ -181,6 +170,34 @@ def _check_prompts(config: Any) -> None:
         wanted="at least one prompt",
         way_out="--config.prompts.list=\"('a red apple', 'a dog')\"",
     )
+
+
+def _check_has_data(config: Any) -> None:
+    fitting = " or ".join(f'"{name}"' for name in data_sources(config.model.name))
+    weight = config.data_term.weight
+    require(
+        weight == 0 or config.data.source != "none",
+        "the data term has no data",
+        got=f'data_term.weight {weight} with data.source "none"',
+        wanted=f"data.source {fitting}" if fitting else "data_term.weight 0",
+        way_out="set data.source, or data_term.weight to 0",
+    )
+
+
+def _check_files(config: Any) -> None:
+    data, prompts = config.data, config.prompts
+    if data.source in ("samples", "folder"):
+        require(
+            bool(data.path) and Path(data.path).is_dir(),
+            f'data.path is no folder, which data.source "{data.source}" needs',
+            got=repr(data.path),
+            wanted="the folder of a data set",
+            way_out="--mode=sample writes samples and prints the path"
+            if data.source == "samples"
+            else "set config.data.path to a folder of pictures with captions",
+        )
+    if config.model.name == "stable_diffusion" and data.source != "none":
+        spelt_out(data.cache, "--config.data.cache")  # before a model is loaded
     if prompts.source != "data":
         prompt_list(prompts, (), config.seed)  # reads the file; checks its length
 
@@ -299,7 +316,7 @@ def _without_effect(config: Any) -> list[str]:
     return found if policy.weight else []
 
 
-def _check_outputs(config: Any) -> None:
+def _check_pictures(config: Any) -> None:
     evaluate = config.evaluate
     require(
         evaluate.pictures <= evaluate.samples,
@@ -308,6 +325,9 @@ def _check_outputs(config: Any) -> None:
         wanted="pictures <= samples",
         way_out="lower evaluate.pictures",
     )
+
+
+def _check_packages(config: Any) -> None:
     for key, package in (("tensorboard", "tensorboardX"), ("wandb", "wandb")):
         require(
             not config.log[key] or importlib.util.find_spec(package) is not None,

@@ -7,7 +7,6 @@ import numpy as np
 
 from ddrl_jax.config_rules import plain, require
 from ddrl_jax.diffusion.kernels import make_kernel
-from ddrl_jax.models.pipelines import data_sources
 from ddrl_jax.terms import WEIGHTED
 
 
@@ -268,14 +267,6 @@ def _ranges(indices: Sequence[int]) -> str:
 
 def _check_data_term(config: Any) -> None:
     term, rollouts = config.data_term, config.policy.weight > 0
-    fitting = " or ".join(f'"{name}"' for name in data_sources(config.model.name))
-    require(
-        config.data.source != "none",
-        "the data term has no data",
-        got=f'data_term.weight {term.weight} with data.source "none"',
-        wanted=f"data.source {fitting}" if fitting else "data_term.weight 0",
-        way_out="set data.source, or data_term.weight to 0",
-    )
     require(
         rollouts or term.levels == "own",
         "the data term takes its noise levels from rollouts, and there are none",

@@ -139,15 +139,25 @@ def _epochs(text: str, mode: str, total: object) -> tuple[int, int]:
     found = re.fullmatch(r"(\d+):(\d+)", text)
     epochs = (int(found[1]), int(found[2])) if found else (0, 0)
     # A wrong train.epochs has its own message, from check_config.
-    last = total if isinstance(total, int) else epochs[1]
+    last = total if isinstance(total, int) and total > 0 else max(epochs[1], 1)
     if mode != "train" or not 1 <= epochs[0] <= epochs[1] <= last:
         raise UserError(
             "--profile has no range of epochs to trace",
             got=f"--profile={text} with --mode={mode}",
             wanted=f"FIRST:LAST with 1 <= FIRST <= LAST <= {last}, in --mode=train",
-            way_out=f"for example --profile=2:{min(3, max(2, last))}",
+            way_out=_instead(epochs, mode, last),
         )
     return epochs
+
+
+def _instead(epochs: tuple[int, int], mode: str, last: int) -> str:
+    """What helps; the first epoch compiles, so that the next ones show more."""
+    if mode != "train":
+        return "leave --profile away, or train"
+    example = f"for example --profile={min(2, last)}:{min(3, last)}"
+    more = f", or more epochs: --config.train.epochs={epochs[1]}"
+    beyond = 1 <= epochs[0] <= epochs[1] and last < epochs[1]
+    return example + (more if beyond else "")
 
 
 def _check_folder(workdir: str) -> None:

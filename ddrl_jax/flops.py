@@ -3,10 +3,11 @@
 Only matrix products and convolutions are counted, a multiply-add as 2. The compiler's
 own cost analysis sees the body of a scan once, however often it runs; here it counts
 times its length. Shapes in a jaxpr are those of the whole mesh, so a count is that of
-all devices together.
+all devices together; what stands in a scope ON_EACH, each of so many does whole.
 """
 
 import math
+import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -16,23 +17,34 @@ from jax.core import ShapedArray
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn
 from jax.interpreters.partial_eval import dce_jaxpr
 
+from ddrl_jax.interfaces import ON_EACH
+
+_COPIES = re.compile(rf"\b{ON_EACH}(\d+)")
+
 
 class Count(NamedTuple):
     """What a function multiplies.
 
     Attributes:
       flops: of matrix products and convolutions; 2 a multiply-add.
-      recomputed: the part of `flops` that jax.checkpoint does a second time; model
-        FLOPs, those of an MFU, are `flops - recomputed`.
+      recomputed: the part of `flops` that jax.checkpoint does a second time.
       dot_bytes: operands and results of these products, each read or written once; of
         a Pallas kernel, its own.
       loops: while loops with products in them, of unknown length and counted once.
+      repeated: the part of the rest of `flops` that a device does though another does
+        the same.
     """
 
     flops: int = 0
     recomputed: int = 0
     dot_bytes: int = 0
     loops: int = 0
+    repeated: int = 0
+
+    @property
+    def model_flops(self) -> int:
+        """Those of an MFU: neither done a second time nor by a second device."""
+        return self.flops - self.recomputed - self.repeated
 
     def plus(self, other: "Count") -> "Count":
         """Returns the sum of the two."""
@@ -40,9 +52,8 @@ class Count(NamedTuple):
 
     def times(self, n: int) -> "Count":
         """Returns `n` repetitions; a loop in a repeated body is still one loop."""
-        return Count(
-            n * self.flops, n * self.recomputed, n * self.dot_bytes, self.loops
-        )
+        flops, recomputed, dot_bytes, loops, repeated = self
+        return Count(n * flops, n * recomputed, n * dot_bytes, loops, n * repeated)
 
 
 def flops(fn: Callable, *abstract_args: Any) -> int:
@@ -72,25 +83,34 @@ def count(fn: Callable, *abstract_args: Any) -> Count:
       fn: traceable by JAX; jitted or not.
       *abstract_args: arrays, or ShapeDtypeStructs in their place.
     """
-    return _jaxpr(jax.make_jaxpr(fn)(*abstract_args).jaxpr, False)
+    return _jaxpr(jax.make_jaxpr(fn)(*abstract_args).jaxpr, _Where(False, 1))
 
 
-def _jaxpr(jaxpr: Jaxpr, again: bool) -> Count:
-    """`again`: whether this is a second computation of the same, by checkpoint."""
+class _Where(NamedTuple):
+    """What the scopes around an equation say of it."""
+
+    again: bool  # this is a second computation of the same, by checkpoint
+    copies: int  # devices that each do it
+
+
+def _jaxpr(jaxpr: Jaxpr, where: _Where) -> Count:
     total = Count()
     used, _ = dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))
     for eqn in used.eqns:
+        # Of an inner jaxpr only what is within it: the outer scopes come as `where`.
         stack = str(eqn.source_info.name_stack)
-        total = total.plus(_equation(eqn, again or "rematted_computation" in stack))
+        again = where.again or "rematted_computation" in stack
+        copies = _COPIES.search(stack)
+        inside = _Where(again, int(copies[1]) if copies else where.copies)
+        total = total.plus(_equation(eqn, inside))
     return total
 
 
-def _equation(eqn: JaxprEqn, again: bool) -> Count:
+def _equation(eqn: JaxprEqn, where: _Where) -> Count:
     name, params = eqn.primitive.name, eqn.params
     if name in _PRODUCTS:
-        found = _PRODUCTS[name](eqn)
-        return found._replace(recomputed=found.flops) if again else found
-    parts = [_jaxpr(inner, again) for inner in _inner(params)]
+        return _on_devices(_PRODUCTS[name](eqn), where)
+    parts = [_jaxpr(inner, where) for inner in _inner(params)]
     if not parts:
         return Count()
     if name == "cond":
@@ -106,6 +126,14 @@ def _equation(eqn: JaxprEqn, again: bool) -> Count:
     if name == "while":
         return total._replace(loops=total.loops + (total.flops > 0))
     return total.times(_repetitions(name, params))
+
+
+def _on_devices(once: Count, where: _Where) -> Count:
+    """A product as all devices do it that `where` says."""
+    if where.again:
+        once = once._replace(recomputed=once.flops)
+    found, alone = once.times(where.copies), once.model_flops
+    return found._replace(repeated=found.flops - found.recomputed - alone)
 
 
 def _repetitions(name: str, params: dict) -> int:

@@ -17,6 +17,8 @@ from jaxtyping import Array, Bool, Float, Int, Key, UInt8
 
 Params = Any  # a nested dict of arrays with string keys
 Metrics = dict[str, Float[Array, ""]]
+# A named scope, with a number: what is in it, so many devices all do alike.
+ON_EACH = "on_each_of_"
 
 
 class Cond(NamedTuple):

@@ -172,8 +172,13 @@ def _disk_problem(error: OSError) -> UserError | None:
     rows = {
         errno.ENOSPC: (room, f"free some space and {start}"),
         errno.EDQUOT: (room, f"free some of your quota and {start}"),
-        errno.EROFS: (room, "name a folder that can be written with --workdir"),
-        errno.EACCES: (room, "name a folder that can be written with --workdir"),
+        errno.EROFS: (room, f"name a place that can be written in {folder}"),
+        # Not only of the workdir: a data set of somebody else, for instance.
+        errno.EACCES: (
+            "permission to read it, or to write there",
+            "have it permitted by its owner, whom ls -ld shows (it may be that of a "
+            f"folder above), or name another place in {folder}",
+        ),
     }
     moved = f"move away what lies there, or name another place in {folder}"
     shorter = f"a shorter name in --config, {folder}"

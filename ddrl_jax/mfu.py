@@ -4,8 +4,9 @@
     mfu = the same of rollout and update together
 
 Model FLOPs are those of matrix products and convolutions, without what jax.checkpoint
-computes a second time (PaLM, 2204.02311, appendix B); the peak is that of bfloat16
-whatever the dtype of the network. Rewards and evaluation count nothing.
+computes a second time (PaLM, 2204.02311, appendix B) and without what several devices
+do alike; the peak is that of bfloat16 whatever the dtype of the network. Rewards and
+evaluation count nothing.
 """
 
 from typing import NamedTuple
@@ -111,7 +112,7 @@ def rates(
         spent = times[f"time/{stage}"]
         if not part.flops or not spent:
             continue
-        own = (part.flops - part.recomputed) / devices
+        own = part.model_flops / devices
         flops, seconds = flops + own, seconds + spent
         if peak:
             found[f"perf/mfu_{stage}"] = own / spent / peak

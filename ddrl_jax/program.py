@@ -18,10 +18,10 @@ from ddrl_jax.data.prompts import (
     records_by_prompt,
     require_pictures,
     require_records,
+    require_room,
 )
 from ddrl_jax.diffusion.kernels import make_kernel
 from ddrl_jax.distributed import check_agreement, main_first, meet
-from ddrl_jax.errors import UserError
 from ddrl_jax.interfaces import (
     Cond,
     DataSource,
@@ -55,7 +55,6 @@ from ddrl_jax.sharding import (
 from ddrl_jax.sources import in_short, make_source
 from ddrl_jax.weights import describe_weights, tell_undivided
 
-TEXT_BYTES = 4_000_000_000  # of embeddings of prompts that every device may hold
 DATA_STREAM = (
     1_000_003  # folded into the seed, so data draws never repeat rollout noise
 )
@@ -255,17 +254,8 @@ def _encoded(
     pipeline: Pipeline, texts: tuple[str, ...], mesh: Mesh, what: str = "prompts"
 ) -> Cond:
     """Embeddings on every device; more than that can hold are refused before."""
-    count = len(texts)
     each = sum(leaf.nbytes for leaf in jax.tree.leaves(pipeline.uncond))
-    if count * each > TEXT_BYTES:
-        raise UserError(
-            f"the embeddings of all {what} do not fit on a device",
-            got=f"{count} of {each:,} bytes: {count * each / 1e9:.1f} GB",
-            wanted=f"at most {TEXT_BYTES / 1e9:g} GB, {TEXT_BYTES // each} texts",
-            way_out=f"--config.prompts.limit={TEXT_BYTES // each} keeps a seeded choice"
-            if what == "prompts"
-            else "a smaller data set, or data_term.captions 'prompt'",
-        )
+    require_room(len(texts), each, what)
     return put(pipeline.encode(texts), replicated(mesh))
 
 

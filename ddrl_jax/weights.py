@@ -104,8 +104,8 @@ def rollout_rules(config: Any) -> Rules | None:
     layout, dtype = config.rollout.layout, config.rollout.dtype
     if layout == "train" and dtype == "float32":
         return None
-    axes = {"replicated": AXES, "tensor": ("fsdp",), "train": ()}[layout]
-    return without(table(config.sharding), *axes)
+    kept = {"replicated": (), "tensor": ("tensor",), "train": AXES}[layout]
+    return without(table(config.sharding), *(a for a in AXES if a not in kept))
 
 
 def describe_weights(

@@ -6,7 +6,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from configs import base
-from ddrl_jax.check_config import check_config
+from ddrl_jax.check_config import check_config, check_shapes
 from ddrl_jax.errors import UserError
 
 
@@ -25,3 +25,12 @@ def refused(edits: dict[str, Any], device_count: int = 1) -> UserError:
     with pytest.raises(UserError) as caught:
         check_config(configured(edits), device_count)
     return caught.value
+
+
+def told_by_plan(edits: dict[str, Any]) -> str:
+    """The error that --mode=plan has for these edits, or ""."""
+    try:
+        check_shapes(configured(edits), 1)
+    except UserError as error:
+        return str(error)
+    return ""

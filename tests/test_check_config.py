@@ -4,7 +4,7 @@ import pathlib
 import re
 
 import pytest
-from edited_config import configured, refused
+from edited_config import configured, refused, told_by_plan
 
 from ddrl_jax.check_config import check_config, notes
 from ddrl_jax.config_file import load_config
@@ -79,12 +79,17 @@ COMBINATIONS = {
 }  # fmt: skip
 
 
+# what reads files, for which a plan does not ask
+FILES = {"samples", "samples, no folder", "cache of nobody", "limit"}
+
+
 @pytest.mark.parametrize("case", COMBINATIONS)
 def test_keys_that_do_not_go_together(case):
     edits, word, remedy = COMBINATIONS[case]
     message = str(refused(edits))
     assert word in message
     check_config(configured(edits | remedy), 1)
+    assert told_by_plan(edits) == ("" if case in FILES else message)
 
 
 def test_what_may_not_be_meant_is_noted():
@@ -123,6 +128,7 @@ def test_keys_that_nothing_reads_are_noted():
 def test_a_logger_that_is_not_installed(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert "pip install tensorboardX" in refused({}).way_out
+    assert told_by_plan({}) == ""
     error = refused({"log.tensorboard": False, "log.wandb": True})
     assert "log.wandb" in error.what
     check_config(configured({"log.tensorboard": False}), 1)

@@ -1,7 +1,7 @@
 """Rewards, terms and trained steps that do not go together, each with its remedy."""
 
 import pytest
-from edited_config import configured, refused
+from edited_config import configured, refused, told_by_plan
 
 from ddrl_jax.check_config import check_config
 from ddrl_jax.diffusion import kernels
@@ -102,6 +102,8 @@ def test_keys_that_do_not_go_together(case):
     message = str(refused(edits))
     assert word in message
     check_config(configured(edits | remedy), 1)
+    # A plan needs no data; all else it has to be told before it compiles.
+    assert told_by_plan(edits) == ("" if case == "data" else message)
 
 
 MODELS = {

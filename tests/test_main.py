@@ -227,6 +227,18 @@ def test_a_disk_or_a_path_that_refuses_is_an_error_of_the_user(
     assert "w/state" in message and os.strerror(number) in message
 
 
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EROFS])
+def test_what_may_not_be_read_or_written_need_not_be_the_workdir(
+    number, stand_in, capsys
+):
+    stand_in("train", failing(OSError(number, os.strerror(number), "pictures")))
+    assert run(["main", SMOKE, "--workdir=w"]) == 2
+    message = capsys.readouterr().err
+    assert "in --workdir, or in the key of a path" in message
+    if number == errno.EACCES:  # room is not what it lacks
+        assert "permission to read" in message and "room" not in message
+
+
 @pytest.mark.parametrize(
     "error",
     [OSError(errno.EBADF, "?"), OSError(errno.EISDIR, "no path"), ValueError("a bug")],

@@ -123,7 +123,7 @@ def test_sparse_rwr_rolls_out_all_samples_and_fits_the_kept_ones():
 
 
 def test_rates_are_of_one_device():
-    work = Work(Count(6_000), Count(40_000, recomputed=10_000))
+    work = Work(Count(6_000), Count(45_000, recomputed=10_000, repeated=5_000))
     times = {"time/rollout": 2.0, "time/update": 3.0}
     found = rates(work, times, devices=4, peak=1e4)
     assert found == {

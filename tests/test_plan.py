@@ -278,6 +278,12 @@ def test_the_whole_mode(capsys):
     assert all(word in text for word in words), text
 
 
+def test_a_sampler_without_noise_is_refused_as_in_training():
+    config = stable_diffusion("assets", sampler={"kernel": "ddim", "eta": 0.0})
+    with pytest.raises(UserError, match="no noise at any step"):
+        plan.plan_mode(config, {"devices": "1", "chip": "H100"})
+
+
 @pytest.mark.parametrize(
     ("flags", "word"),
     [

@@ -1,9 +1,10 @@
-"""What a plan says of a phase that its compiler refused, and of the host's memory."""
+"""What a plan says of single phases: refused, in the host's memory, done alike."""
 
 import pytest
 from planned_runs import ONE, made, tiny
 
 from ddrl_jax.chips import CHIPS
+from ddrl_jax.flops import Count
 from ddrl_jax.plan.hlo import Collective
 from ddrl_jax.plan.links import lay
 from ddrl_jax.plan.lowered import describe
@@ -39,3 +40,12 @@ def test_what_is_kept_in_the_host_is_a_row_and_no_part_of_the_peak(size):
     rows = [line.split() for line in text.splitlines() if "in the host" in line]
     assert rows == ([["beside", "it", "in", "the", "host", "3.000"]] if size else [])
     assert "fits, with" in text
+
+
+@pytest.mark.parametrize("repeated", [0, 20])
+def test_what_devices_do_alike_is_said(repeated):
+    run = describe(tiny(context=2))
+    work = Count(100, 20, 0, 0, repeated)
+    found = [made(p.name)._replace(phase=p, count=work) for p in run.phases]
+    text = sheet(run, found, lay(CHIPS["v5e"], ONE | {"context": 2}), 0.4)
+    assert text.count("of the rest 25% because context") == (2 if repeated else 0)

@@ -1,5 +1,6 @@
 """--profile: which epochs are traced, what is written, and what is refused."""
 
+import re
 from pathlib import Path
 
 import jax
@@ -95,10 +96,27 @@ def test_what_is_no_range_of_its_epochs_is_refused(text):
     assert "LAST <= 3" in error.value.wanted
 
 
+@pytest.mark.parametrize("epochs", [1, 2, 3, 9])
+@pytest.mark.parametrize("text", ["2:2", "0:2", "3:2", "2:12", "x", "10:10"])
+def test_what_the_refusal_of_a_range_advises_is_taken(text, epochs):
+    arguments = [*QUICKSTART, f"--config.train.epochs={epochs}"]
+    try:
+        parse([*arguments, f"--profile={text}"])
+    except UserError as error:
+        for advice in re.findall(r"--[\w.]+=[\d:]+", error.way_out):
+            # A range on its own; more epochs beside the range that was asked for.
+            range_ = [] if "profile" in advice else [f"--profile={text}"]
+            assert parse([*arguments, advice, *range_]).profile is not None
+        assert ("train.epochs" in error.way_out) == (text in ("2:2", "2:12", "10:10"))
+    else:
+        assert text == "2:2" and epochs > 1
+
+
 @pytest.mark.parametrize("mode", ["evaluate", "sample", "export"])
 def test_only_training_has_epochs(mode):
-    with pytest.raises(UserError, match="no range of epochs"):
+    with pytest.raises(UserError, match="no range of epochs") as error:
         parse([*QUICKSTART, "--profile=1:1", f"--mode={mode}"])
+    assert error.value.way_out == "leave --profile away, or train"
 
 
 def test_main_hands_the_range_to_training(monkeypatch, tmp_path):

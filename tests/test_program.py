@@ -288,7 +288,7 @@ def test_only_the_lora_is_trained():
 
 def test_more_texts_than_a_device_holds(monkeypatch):
     """Told in bytes, before anything is encoded."""
-    monkeypatch.setattr("ddrl_jax.program.TEXT_BYTES", 50)
+    monkeypatch.setattr("ddrl_jax.data.prompts.TEXT_BYTES", 50)
     with pytest.raises(UserError, match="do not fit on a device") as error:
         tiny_program({"prompts.list": WORDS})
     each = int(re.search(r"4 of (\d+) bytes", str(error.value))[1])

@@ -18,7 +18,7 @@ from ddrl_jax.learner import init_state
 from ddrl_jax.models.pipelines import PIPELINES
 from ddrl_jax.optim import make_optimizer
 from ddrl_jax.sharding import make_mesh
-from ddrl_jax.weights import Weights, describe_weights
+from ddrl_jax.weights import Weights, describe_weights, rollout_rules
 
 LORA = {"lora.rank": 2, "model.dtype": "bfloat16"}
 MODELS = {
@@ -140,3 +140,19 @@ def test_an_update_of_narrow_weights_follows_the_wide_one():
     moved = wanted != 0
     assert moved.mean() > 0.5
     assert np.corrcoef(found[moved], wanted[moved])[0, 1] > 0.9
+
+
+@pytest.mark.parametrize(
+    ("layout", "axes"),
+    [
+        ("train", {"data", "fsdp", "tensor", "context"}),
+        ("tensor", {"tensor"}),
+        ("replicated", set()),
+    ],
+)
+def test_a_copy_is_split_over_what_its_layout_says_whatever_the_table(layout, axes):
+    edits = {"sharding.embed": ("data", "fsdp"), "sharding.layers": ("context",)}
+    edits |= {"rollout.layout": layout, "rollout.dtype": "bfloat16"}
+    rules = rollout_rules(configured(edits))
+    assert rules is not None
+    assert {a for name in rules if name != "batch" for a in rules[name]} == axes

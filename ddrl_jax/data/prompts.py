@@ -15,6 +15,8 @@ from ddrl_jax.errors import UserError
 from ddrl_jax.interfaces import Prompts
 from ddrl_jax.text import is_text
 
+TEXT_BYTES = 4_000_000_000  # of embeddings of texts that every device may hold
+
 
 def read_prompt_file(path: str) -> tuple[str, ...]:
     """One prompt a line; blank lines are skipped.
@@ -193,4 +195,25 @@ def require_records(total: int, heldout: int) -> None:
         got=f"{heldout} held out of {total} records",
         wanted=f"fewer than {total}",
         way_out="lower config.data.heldout",
+    )
+
+
+def require_room(count: int, each: int, what: str = "prompts") -> None:
+    """Raises UserError where a device can not hold the embeddings of so many texts.
+
+    Args:
+      count: of the texts.
+      each: bytes of an embedding.
+      what: the texts are.
+    """
+    if count * each <= TEXT_BYTES:
+        return
+    most = TEXT_BYTES // each
+    raise UserError(
+        f"the embeddings of all {what} do not fit on a device",
+        got=f"{count} of {each:,} bytes: {count * each / 1e9:.1f} GB",
+        wanted=f"at most {TEXT_BYTES / 1e9:g} GB, {most} texts",
+        way_out=f"--config.prompts.limit={most} keeps a seeded choice"
+        if what == "prompts"
+        else "a smaller data set, or data_term.captions 'prompt'",
     )

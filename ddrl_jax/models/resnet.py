@@ -3,12 +3,16 @@
 Names of modules and parameters follow the published checkpoints.
 """
 
+from contextlib import AbstractContextManager, nullcontext
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
+from ddrl_jax.interfaces import ON_EACH
+from ddrl_jax.models.context_parallel import CONTEXT, divided
 from ddrl_jax.models.convolution import convolve
 from ddrl_jax.models.layers import Dense, gathered, weight
 from ddrl_jax.models.remat import mark
@@ -44,11 +48,22 @@ class Conv(nn.Module):
         )
         x, kernel = jnp.asarray(x, self.dtype), jnp.asarray(kernel, self.dtype)
         kernel = gathered(kernel, (None, None, *self.axes), self.mesh)
-        if self.size == 1 and self.stride == 1:
-            y = (x.reshape(-1, shape[2]) @ kernel[0, 0]).reshape(*x.shape[:3], -1)
-        else:
-            y = convolve(x, kernel, self.stride)
+        with _counted(self.mesh):
+            if self.size == 1 and self.stride == 1:
+                y = (x.reshape(-1, shape[2]) @ kernel[0, 0]).reshape(*x.shape[:3], -1)
+            else:
+                y = convolve(x, kernel, self.stride)
         return y + gathered(bias.astype(self.dtype), self.axes[1:], self.mesh)
+
+
+def _counted(mesh: Mesh | None) -> AbstractContextManager:
+    """Of pictures every device of a context axis has all pixels: it convolves them all.
+
+    A jaxpr has the shapes of the whole mesh; what counts it is told so.
+    """
+    if mesh is None or not divided(mesh):
+        return nullcontext()
+    return jax.named_scope(f"{ON_EACH}{mesh.shape[CONTEXT]}")
 
 
 class GroupNorm(nn.Module):

@@ -8,9 +8,11 @@ import jax
 
 from ddrl_jax.check_config import check_shapes
 from ddrl_jax.chips import Chip, chip_named
+from ddrl_jax.data.prompts import require_room
 from ddrl_jax.errors import UserError
 from ddrl_jax.plan.links import lay
 from ddrl_jax.plan.lowered import compile_phase, describe
+from ddrl_jax.plan.memory import embedding_bytes
 from ddrl_jax.plan.roofline import EFFICIENCY
 from ddrl_jax.plan.search import Shown, suggest
 from ddrl_jax.plan.sheet import sheet, suggestion_line
@@ -49,6 +51,7 @@ def plan_mode(config: Any, flags: Mapping[str, str | None]) -> None:
     config = _whole_mesh(config, settings.devices)
     links = lay(settings.chip, {a: config.mesh[a] for a in AXES}, settings.slices)
     plan = describe(config, settings.target)
+    require_room(plan.texts.count, embedding_bytes(plan))
     tell_undivided(plan.weights)
     compiled = [compile_phase(phase, plan.mesh) for phase in plan.phases]
     print(sheet(plan, compiled, links, settings.efficiency), flush=True)

@@ -27,6 +27,7 @@ from ddrl_jax.optim import make_optimizer
 from ddrl_jax.plan.hlo import Collective, collectives
 from ddrl_jax.plan.sizes import AS_SHAPED, Sizes, bytes_per_device, laid_out
 from ddrl_jax.plan.target import HERE, Target, unsaved
+from ddrl_jax.plan.texts import Texts, texts_of
 from ddrl_jax.program import (
     chunk_size,
     jit_update,
@@ -65,6 +66,7 @@ class Abstract(NamedTuple):
       phases: rollout and update, in this order; no rollout without a policy term.
       target: whose compiler is asked.
       sizes: bytes on a device of the arguments that this compiler pads.
+      texts: how many prompts there are.
     """
 
     config: Any
@@ -76,6 +78,7 @@ class Abstract(NamedTuple):
     phases: tuple[Phase, ...]
     target: Target
     sizes: Sizes
+    texts: Texts
 
 
 class Compiled(NamedTuple):
@@ -152,10 +155,8 @@ def describe(config: Any, target: Target = HERE) -> Abstract:
         arguments = (*copies, chunk.keys, chunk.cond, times, kept)
         rollout = Phase("rollout", make_sample(objective), arguments, total, 0)
         phases = (rollout, update)
-    found = Abstract(
-        config, mesh, weights, frozen, chunk, chunks, phases, target, AS_SHAPED
-    )
-    return _sized(found)
+    about = (mesh, weights, frozen, chunk, chunks, phases, target, AS_SHAPED)
+    return _sized(Abstract(config, *about, texts_of(config)))
 
 
 def _sized(plan: Abstract) -> Abstract:

@@ -16,7 +16,6 @@ import jax
 import numpy as np
 
 from ddrl_jax.chips import Chip
-from ddrl_jax.data.prompts import prompt_list
 from ddrl_jax.plan.judges import judge_bytes
 from ddrl_jax.plan.lowered import Abstract, Compiled
 from ddrl_jax.plan.sizes import bytes_per_device
@@ -46,8 +45,7 @@ def resident(plan: Abstract) -> dict[str, int]:
         "optimizer": size(state.opt_state),
         "average of the weights": size(state.ema),
         "trajectories of the epoch": chunks_of_epoch(plan) * size(plan.chunk),
-        "prompt embeddings": _prompts(plan.config)
-        * _whole(plan.weights.pipeline.uncond),
+        "prompt embeddings": plan.texts.count * embedding_bytes(plan),
         "autoencoder": _whole(
             (plan.weights.pipeline.decode, plan.weights.pipeline.encode_images)
         ),
@@ -57,9 +55,21 @@ def resident(plan: Abstract) -> dict[str, int]:
 
 
 def uncounted(plan: Abstract) -> list[str]:
-    """Judges of unknown size: a repository of the hub that is no folder here."""
+    """What `resident` lacks: prompts that were not read, judges of unknown size.
+
+    Such a judge is a repository of the hub that is no folder here.
+    """
     judges = judge_bytes(plan.config.rewards)
-    return [name for name, size in judges.items() if size is None]
+    found = [
+        f"no folder with its config.json is here: {name}"
+        for name, size in judges.items()
+        if size is None
+    ]
+    count, unread = plan.texts
+    if unread:
+        each = f"{embedding_bytes(plan):,} bytes each"
+        found.append(f"prompts beyond the {count} of an epoch, {each}: {unread}")
+    return found
 
 
 def own(plan: Abstract, found: Compiled) -> dict[str, int]:
@@ -88,12 +98,9 @@ def peak(plan: Abstract, found: Compiled) -> int:
     return sum(resident(plan).values()) + sum(own(plan, found).values())
 
 
-def _prompts(config: Any) -> int:
-    """How many there are; where only a file knows, those of one epoch."""
-    c = config.prompts
-    if c.source in ("list", "set"):
-        return len(prompt_list(c, (), config.seed))
-    return c.limit or c.per_epoch
+def embedding_bytes(plan: Abstract) -> int:
+    """Bytes of the embedding of one prompt, which is as large as that of none."""
+    return _whole(plan.weights.pipeline.uncond)
 
 
 def _whole(tree: Any) -> int:

@@ -60,8 +60,7 @@ def _memory(plan: Abstract, compiled: list[Compiled], chip: Chip) -> Iterator[st
     stays, peaks = resident(plan), {}
     for name, size in stays.items():
         yield _row(name, size)
-    for name in uncounted(plan):
-        yield f"  not counted, no folder with its config.json is here: {name}"
+    yield from (f"  not counted, {what}" for what in uncounted(plan))
     for found in compiled:
         for name, size in own(plan, found).items():
             if size or name.startswith("temporaries"):
@@ -130,6 +129,12 @@ def _phase(
         f"  FLOPs {flops:.3e} ({again:.0%} recomputed)      {bound.flops:10.2f} s at "
         f"{efficiency:.0%} of {chip.flops / 1e12:.0f} TFLOP/s"
     )
+    if found.count.repeated:
+        rest = found.count.repeated + found.count.model_flops
+        yield (
+            f"  of the rest {found.count.repeated / rest:.0%} because context divides "
+            "no convolution: its devices do it alike"
+        )
     size = bound.memory * chip.hbm_bandwidth
     yield (
         f"  memory traffic {size / GIB:12.1f} GiB           {bound.memory:10.2f} s at "
