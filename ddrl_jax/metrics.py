@@ -33,7 +33,7 @@ class Metrics:
     """The writers of one run: metrics.jsonl always, TensorBoard and wandb by config.
 
     Args:
-      workdir: the folder of the run.
+      workdir: the folder of the run; wandb gets the config.json in it.
       config_log: the `log` part of the config (tensorboard, wandb).
       resume_step: the last step that a restart keeps; TensorBoard hides later ones.
 
@@ -306,6 +306,7 @@ def _start_wandb(root: Path) -> Any:
         dir=str(root),
         name=root.name,
         project="ddrl_jax",
+        config=json.loads((root / "config.json").read_text()),
         id=name.read_text(),
         resume="allow",
     )

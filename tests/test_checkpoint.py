@@ -60,6 +60,18 @@ def test_saves_on_every_kth_epoch_or_when_forced_and_never_twice(tmp_path):
     assert checkpoints.epochs() == [3, 6, 7] and checkpoints.latest() == 7
 
 
+def test_what_was_restored_is_not_saved_again(root):
+    """A run that ends where it began, as one that is stopped in its first epoch."""
+    before = {p: p.read_bytes() for p in root.rglob("*") if p.is_file()}
+    checkpoints = Checkpoints(root, 1, 9)
+    found = checkpoints.restore(abstract(make_state(0)))
+    assert not checkpoints.save(3, found.state, {}, force=True)
+    assert before == {p: p.read_bytes() for p in root.rglob("*") if p.is_file()}
+    assert checkpoints.save(4, found.state, {})
+    checkpoints.close()
+    assert checkpoints.epochs() == [1, 2, 3, 4]
+
+
 def test_keeps_the_newest(tmp_path):
     save_epochs(tmp_path, range(1, 6), keep=2)
     assert Checkpoints(tmp_path, 1, 2).epochs() == [4, 5]

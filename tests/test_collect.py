@@ -9,6 +9,7 @@ import pytest
 from tiny_runs import perturbed_state, same_bits, tiny_program
 
 from ddrl_jax.collect import collect
+from ddrl_jax.draws import draw_trained_steps
 from ddrl_jax.errors import UserError
 from ddrl_jax.interfaces import Scores
 from ddrl_jax.metrics import Timer
@@ -93,6 +94,33 @@ def test_metrics_are_of_the_valid_samples(run):
     assert found.metrics["reward/brightness/mean"] == pytest.approx(44 / 6)
     assert found.metrics["reward/mean"] == pytest.approx(44 / 6)
     assert found.metrics["reward/brightness/std"] == pytest.approx(np.nanstd(values))
+
+
+def test_the_mean_reward_is_the_weighted_sum_that_is_trained(run):
+    program, state = run
+    config = program.config.copy_and_resolve_references()
+    config.rewards.weights = {"brightness": 2.0, "other": 0.5}
+    values = np.arange(8, dtype=np.float32)
+    scores = Scores(
+        {"brightness": values, "other": 10.0 * values + 1.0}, np.ones(8, bool)
+    )
+    tracker = PerPromptTracker.init(len(program.prompts), 16)
+    rest = (Judged(scores), tracker, Timer(), Preemption())
+    found = collect(program._replace(config=config), state, 0, *rest)
+    assert found is not None
+    assert found.metrics["reward/other/mean"] == 36.0
+    assert found.metrics["reward/mean"] == 2.0 * 3.5 + 0.5 * 36.0
+
+
+def test_each_sample_keeps_the_steps_it_drew(run):
+    program, state = run
+    config = program.config.copy_and_resolve_references()
+    config.policy.update(train_steps=2, per_sample_steps=True)
+    found = epoch(program._replace(config=config), state)
+    steps = draw_trained_steps(config, program.kernel, 0, 8)
+    assert (steps[:, :4] != steps[:, 4:]).any()
+    kept = [chunk.trajectory.index for chunk in found.chunks]
+    np.testing.assert_array_equal(np.concatenate(kept, axis=1), steps)
 
 
 def test_an_epoch_without_any_reward(run):

@@ -13,6 +13,7 @@ from ddrl_jax.diffusion.gaussian import Gaussian
 from ddrl_jax.draws import draw_chunks
 from ddrl_jax.errors import UserError
 from ddrl_jax.metrics import Metrics
+from ddrl_jax.pictures import grid
 from ddrl_jax.rewards.registry import make_rewards
 from ddrl_jax.rewards.retrieval import load_judge
 from ddrl_jax.rollout import transition
@@ -66,14 +67,25 @@ def test_prompts_are_repeated_in_order(run):
     assert evaluation_of(run[0]).text == (*WORDS, *WORDS[:2])
 
 
-def test_pictures_are_an_euler_solve_from_fixed_noise(run):
+# The middle of two steps is 1/2, and with shift 3 it is 3/2 / (1 + 2/2).
+@pytest.mark.parametrize(
+    ("solver", "shift", "middle"),
+    [("euler", 1.0, 0.5), ("euler", 3.0, 0.75), ("heun", 1.0, 0.5)],
+)
+def test_pictures_are_a_solve_from_fixed_noise(run, solver, shift, middle):
     program, state = run
+    program = changed(program, solver=solver)
+    program.config.sampler.shift = shift
     found = evaluation_of(program).sample(state.ema)[0]
     z, _ = noise_of(program, 6)
     cond = program.pipeline.encode((*WORDS, *WORDS[:2]))
-    denoise = jax.jit(program.pipeline.denoise)
-    for time in (1.0, 0.5):  # two steps of the straight line from noise to data
-        z = z - 0.5 * denoise(state.ema, None, z, jnp.full(6, time), cond)
+    network = jax.jit(program.pipeline.denoise)
+    velocity = lambda z, t: network(state.ema, None, z, jnp.full(6, t), cond)  # noqa: E731
+    for t, s in ((1.0, middle), (middle, 0.0)):  # from noise to data
+        v = velocity(z, t)
+        if solver == "heun":  # the mean of both ends
+            v = (v + velocity(z + (s - t) * v, s)) / 2
+        z = z + (s - t) * v
     expected = np.asarray((z + 1.0) * 127.5)
     assert found.shape == (6, 16, 16, 3) and found.dtype == np.uint8
     inside = (expected > 1) & (expected < 254)
@@ -181,7 +193,10 @@ def test_values_and_pictures(run, metrics, tmp_path):
     assert values == evaluation.run(state, metrics, 8)
     [picture, _] = sorted((tmp_path / "samples").iterdir())
     assert picture.name == "evaluation_000007.png"
-    assert Image.open(picture).width > 3 * 128
+    shown = evaluation.sample(state.ema)[0][:3]
+    np.testing.assert_array_equal(
+        np.asarray(Image.open(picture)), grid(shown, 3, 128 // 16, WORDS[:3])
+    )
 
 
 def test_diversity_is_that_of_pictures_the_judge_can_read(run, monkeypatch):

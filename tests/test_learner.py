@@ -25,6 +25,7 @@ from ddrl_jax.learner import init_state, make_recompute, make_update
 DATA = {"data_term.weight": 0.5}
 NO_POLICY = {"policy.weight": 0.0}
 KL = {"policy.kl_weight": 0.1}
+EVERY = DATA | {"data_term.levels": "rollout", "data_term.every_step": True}
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +95,7 @@ def test_without_kl_there_is_no_reference(samples):
 # ---- accumulation
 
 
-@pytest.mark.parametrize("edits", [{}, DATA, DATA | KL, DATA | NO_POLICY])
+@pytest.mark.parametrize("edits", [{}, DATA, DATA | KL, DATA | NO_POLICY, EVERY])
 def test_microbatches_add_up_to_one_batch(edits, samples):
     reference = (jax.tree.map(lambda a: 0.5 * a, params()), {})
     whole, one = updated(objective(edits), (samples,), reference=reference)

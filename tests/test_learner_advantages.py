@@ -114,6 +114,17 @@ def test_running_statistics_of_each_prompt():
     np.testing.assert_array_equal(tracker.count, [8, 0, 8])
 
 
+def test_the_tracker_keeps_the_weighted_sum_of_the_rewards():
+    edits = {"advantages__kind": "tracker", "advantages__tracker_min": 4}
+    other = REWARDS[::-1]
+    value, tracker = judged(
+        {"r": REWARDS, "s": other}, rewards__weights={"r": 3.0, "s": -0.5}, **edits
+    )
+    total = 3.0 * REWARDS - 0.5 * other
+    np.testing.assert_allclose(value, by_group(total), atol=1e-4)
+    np.testing.assert_allclose(tracker.buffer[2, :4], total[:4], rtol=1e-6)
+
+
 def test_the_epsilon_of_the_config_is_used():
     for kind in ("group", "batch", "tracker"):
         edits = {"advantages__kind": kind, "advantages__tracker_min": 1}

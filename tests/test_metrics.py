@@ -2,6 +2,7 @@ import json
 import math
 import sys
 import time
+from types import SimpleNamespace
 
 import jax.numpy as jnp
 import numpy as np
@@ -68,6 +69,81 @@ def test_wandb_that_is_not_installed_is_one_error(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="log.wandb") as error:
         Metrics(tmp_path, ConfigDict({"tensorboard": False, "wandb": True}))
     assert "pip install" in error.value.way_out
+
+
+@pytest.fixture
+def wandb(monkeypatch):
+    """Stands in for the package, and lists what it is asked: (what, ...)."""
+    asked = []
+
+    class Run:
+        def log(self, values, step):
+            asked.append(("log", step, values))
+
+        def finish(self):
+            asked.append(("finish",))
+
+    def init(**settings):
+        asked.append(("init", settings))
+        return Run()
+
+    package = SimpleNamespace(init=init, Image=lambda path: ("picture", path))
+    monkeypatch.setitem(sys.modules, "wandb", package)
+    return asked
+
+
+def test_wandb_gets_every_epoch_once_and_a_restart_goes_on_in_its_run(tmp_path, wandb):
+    log = ConfigDict({"tensorboard": False, "wandb": True})
+    config = {"seed": 3, "train": {"epochs": 2}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    values = {"reward/mean": jnp.float32(0.5), "device": "cpu", "loss": math.nan}
+    with pytest.raises(KeyboardInterrupt), Metrics(tmp_path, log) as metrics:
+        path = metrics.images(1, "evaluation", np.zeros((2, 2, 3), np.uint8))
+        metrics.write(1, values)
+        raise KeyboardInterrupt  # stopped
+    with Metrics(tmp_path, log, resume_step=1) as metrics:
+        metrics.write(2, {"reward/mean": 0.75, "count": 3})
+    first, second = (call[1] for call in wandb if call[0] == "init")
+    assert first == second
+    assert len(first.pop("id")) == 32
+    assert first == {
+        "project": "ddrl_jax",
+        "name": tmp_path.name,
+        "dir": str(tmp_path),
+        "config": config,
+        "resume": "allow",  # without it the id of a restart would be refused
+    }
+    assert [call for call in wandb if call[0] != "init"] == [
+        ("log", 1, {"evaluation": ("picture", str(path))}),
+        ("log", 1, {"reward/mean": 0.5}),
+        ("finish",),
+        ("log", 2, {"reward/mean": 0.75, "count": 3}),
+        ("finish",),
+    ]
+
+
+def test_two_runs_are_two_runs_of_wandb(tmp_path, wandb):
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text("{}")
+        log = ConfigDict({"tensorboard": False, "wandb": True})
+        Metrics(tmp_path / name, log).close()
+    first, second = (call[1] for call in wandb if call[0] == "init")
+    assert first["id"] != second["id"]
+    assert (first["name"], second["name"]) == ("a", "b")
+
+
+def test_wandb_is_finished_where_closing_the_files_fails(tmp_path, wandb, monkeypatch):
+    (tmp_path / "config.json").write_text("{}")
+    metrics = Metrics(tmp_path, ConfigDict({"tensorboard": True, "wandb": True}))
+
+    def refuse(board):
+        raise OSError("a full disk")
+
+    monkeypatch.setattr("ddrl_jax.metrics.Board.close", refuse)
+    with pytest.raises(UserError, match="a full disk"):
+        metrics.close()
+    assert wandb[-1] == ("finish",)
 
 
 def test_other_processes_write_nothing(tmp_path, monkeypatch):

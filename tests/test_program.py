@@ -81,6 +81,18 @@ def test_no_two_draws_share_a_key(program):
     np.testing.assert_array_equal(np.unique(first, axis=0), np.unique(second, axis=0))
 
 
+def test_no_two_passes_draw_the_same_records(program):
+    """Each of an epoch draws data anew, and not those of a pass of the next epoch."""
+    config = program.config.copy_and_resolve_references()
+    config.train.inner_epochs = 2
+    twice = program._replace(config=config)
+    prompts = draw_prompts(program.prompts, 0, 0, 2, 32)  # the same ones in all passes
+    passes = [(epoch, inner) for epoch in range(3) for inner in range(2)]
+    draws = [draw_chunks(twice, prompts, *which) for which in passes]
+    records = {np.concatenate([c.records for c in d]).tobytes() for d in draws}
+    assert len(records) == len(passes)
+
+
 def test_seeds_do_not_meet():
     a, b = (tiny_program({"seed": seed}) for seed in (0, 1))
     keys = [raw(c.keys) for p in (a, b) for c in draw(p)[1]]

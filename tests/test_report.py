@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ddrl_jax import curves
+from ddrl_jax import curves, report
 from ddrl_jax.errors import UserError
 from ddrl_jax.pictures import before_after, grid, save_png
 from ddrl_jax.report import write_report
@@ -98,6 +98,12 @@ def decode(uri: str) -> np.ndarray:
     return np.asarray(Image.open(io.BytesIO(content)))
 
 
+def png(value: int) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(np.full((2, 2, 3), value, np.uint8)).save(buffer, format="PNG")
+    return buffer.getvalue()
+
+
 def test_the_page_needs_no_network_and_no_other_file(run):
     page = Page(write_report(run))
     assert page.addresses
@@ -110,6 +116,22 @@ def test_first_and_last_pictures_stand_side_by_side(run):
     assert (pictures["evaluation, epoch 0"] == 0).all()
     assert (pictures["evaluation, epoch 2"] == 80).all()
     assert "evaluation, epoch 1" not in pictures
+
+
+def test_words_below_pictures_and_titles_of_curves_are_their_own(run, monkeypatch):
+    found = [(name, png(value)) for name, value in (("one", 10), ("two", 20))]
+    monkeypatch.setattr(report, "curves", lambda rows: (found, ["a third"]))
+    page = Page(write_report(run))
+    pictures = dict(page.images)
+    assert (pictures["one"] == 10).all() and (pictures["two"] == 20).all()
+    assert "Not in metrics.jsonl: a third." in page.text
+    shown = re.findall(
+        r"<figcaption>(.*?)</figcaption>\s*<img.*?alt=\"(.*?)\"", page.content
+    )
+    assert shown == [
+        ("before: epoch 0", "evaluation, epoch 0"),
+        ("after: epoch 2", "evaluation, epoch 2"),
+    ]
 
 
 def test_it_shows_config_command_versions_and_values(run):
@@ -125,6 +147,8 @@ def test_it_shows_config_command_versions_and_values(run):
     assert words[at + 1 : at + 3] == ["64", "128000"]
     at = words.index("data/loss")
     assert words[at + 1 : at + 3] == ["0.125", "0.125"]
+    at = words.index("heldout/retrieval/mean")  # of the epochs that have it
+    assert words[at + 1 : at + 6] == ["0.75", "0.5", "0", "to", "2"]
     assert "Not finite at some epoch: data/loss." in page.text
 
 

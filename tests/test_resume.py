@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -254,20 +255,21 @@ sys.exit(run(sys.argv))
 """
 
 
-def program(*arguments: str) -> subprocess.Popen:
+def program(*arguments: str, env: Mapping[str, str] | None = None) -> subprocess.Popen:
     """A process of this repository, with its output to read."""
     return subprocess.Popen(
         [sys.executable, *arguments],
         cwd=ROOT,
+        env=env,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
     )
 
 
-def to_its_end(*arguments: str) -> None:
-    with program("-m", "ddrl_jax.main", *arguments) as child:
-        _, errors = child.communicate(timeout=600)
+def to_its_end(*arguments: str, env: Mapping[str, str] | None = None) -> None:
+    with program("-m", "ddrl_jax.main", *arguments, env=env) as child:
+        _, errors = child.communicate(timeout=1800)
     assert child.returncode == 0, errors
 
 
@@ -287,4 +289,30 @@ def test_sigterm_saves_ends_well_and_the_same_command_goes_on(row, tmp_path):
     to_its_end(*flags, f"--workdir={tmp_path}/whole")
     if row == "flow_grpo":  # whose reference is the policy that the run began with
         assert metrics(tmp_path / "whole")[-1]["policy/kl"] > 0
+    check_same(tmp_path / "run", tmp_path / "whole")
+
+
+# What conftest.py sets for the sake of speed, and a user does not.
+OF_THE_TESTS = (
+    "JAX_DISABLE_MOST_OPTIMIZATIONS",
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS",
+    "XLA_FLAGS",
+)
+
+
+def test_as_a_user_runs_it(tmp_path):
+    """With the optimisations and the threads of XLA.
+
+    The run at a stretch compiles everything anew, or equal bits could be those of
+    equal programs alone.
+    """
+    user = {k: v for k, v in os.environ.items() if k not in OF_THE_TESTS}
+    flags = (f"--config={ROOT}/configs/quickstart.py:smoke",)
+    for name, lengths in (("run", (K, 2 * K)), ("whole", (2 * K,))):
+        env = user | {"JAX_COMPILATION_CACHE_DIR": str(tmp_path / f"{name}_cache")}
+        for epochs in lengths:
+            more = (f"--workdir={tmp_path / name}", f"--config.train.epochs={epochs}")
+            to_its_end(*flags, *more, env=env)
+    lines = metrics(tmp_path / "whole")
+    assert lines[-1]["step"] == 2 * K and lines[-1]["grad_norm"] > 0
     check_same(tmp_path / "run", tmp_path / "whole")

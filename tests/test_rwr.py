@@ -35,7 +35,11 @@ def weights(valid=None, **edits):
     valid = np.ones(8, bool) if valid is None else valid
     group = np.repeat([0, 1], 4).astype(np.int32)
     found, _ = jax.jit(make_advantages(config))(
-        {"r": REWARDS}, valid, group, group, PerPromptTracker.init(2, 4)
+        {"r": REWARDS, "s": REWARDS[::-1]},
+        valid,
+        group,
+        group,
+        PerPromptTracker.init(2, 4),
     )
     return np.asarray(found)
 
@@ -50,6 +54,14 @@ def test_weights_of_the_round_and_of_each_prompt():
     np.testing.assert_allclose(weights(), want, rtol=1e-5)
     each = np.concatenate([softmax(0.2 * REWARDS[:4]), softmax(0.2 * REWARDS[4:])])
     np.testing.assert_allclose(weights(advantages__kind="group"), each, rtol=1e-5)
+
+
+def test_weights_are_of_the_weighted_sum_of_the_rewards():
+    total = 3.0 * REWARDS.astype(np.float64) - 0.5 * REWARDS[::-1]
+    edits = {"rewards__weights": {"r": 3.0, "s": -0.5}}
+    np.testing.assert_allclose(weights(**edits), softmax(0.2 * total), rtol=1e-5)
+    best = weights(policy__term="sparse_rwr", policy__rwr_percentile=0.75, **edits)
+    np.testing.assert_array_equal(np.flatnonzero(best), np.sort(np.argsort(total)[-2:]))
 
 
 def test_the_sparse_form_keeps_the_best_with_equal_weight():

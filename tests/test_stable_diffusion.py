@@ -11,9 +11,11 @@ from edited_config import configured, refused
 from PIL import Image
 from tiny_runs import DIFFUSION, perturbed, perturbed_state
 
+from ddrl_jax.diffusion.schedules import ddim_levels, ddim_timesteps
 from ddrl_jax.evaluate import make_sampler
 from ddrl_jax.models.stable_diffusion import TINY, stable_diffusion_pipeline
 from ddrl_jax.program import build
+from ddrl_jax.rollout import initial_noise
 from ddrl_jax.self_test import ratio_deviations
 from ddrl_jax.sources import make_source
 
@@ -48,6 +50,27 @@ def test_the_ratio_is_exactly_one_with_guidance_5(dtype, rank):
         np.testing.assert_array_equal(deviation, 0.0, err_msg=where)
 
 
+def guided_ddim(program, params, keys, cond, scale):
+    """DDIM with eta 0 (arXiv 2010.02502, Eq. 12) on a network that predicts eps."""
+    network = jax.jit(program.objective.apply)
+    empty = jax.tree.map(
+        lambda u, c: np.broadcast_to(u, c.shape), program.pipeline.uncond, cond
+    )
+    steps = program.config.evaluate.steps
+    x = initial_noise(keys, program.pipeline.latent_shape)
+    for timestep, (now, after) in zip(
+        ddim_timesteps(steps), ddim_levels(steps), strict=True
+    ):
+        time = np.full(len(keys), timestep, np.float32)
+        plain, told = (
+            network(params, program.frozen, x, time, text) for text in (empty, cond)
+        )
+        eps = plain + scale * (told - plain)
+        x0 = (x - np.sqrt(1 - now) * eps) / np.sqrt(now)
+        x = np.sqrt(after) * x0 + np.sqrt(1 - after) * eps
+    return np.asarray(program.decode(x))
+
+
 def test_samples_of_ddim_without_noise_depend_on_the_prompt():
     program, state = make(evaluate__guidance_scale=5.0)
     sample = make_sampler(program, program.config.evaluate, "ddim")
@@ -58,6 +81,8 @@ def test_samples_of_ddim_without_noise_depend_on_the_prompt():
     assert images.shape == (4, 32, 32, 3) and images.dtype == np.uint8
     np.testing.assert_array_equal(images[0], images[1])
     assert (images[0] != images[2]).any() and (images[2] != images[3]).any()
+    by_hand = guided_ddim(program, state.params, keys, cond, 5.0)
+    assert np.abs(images - by_hand.astype(int)).max() <= 1
 
 
 def write_pictures(folder: Path, count: int = 12) -> Path:

@@ -29,6 +29,7 @@ def settings(epochs: int = 1):
 def test_on_policy_the_ratio_is_1():
     program = build(settings())
     for name, found in ratio_deviations(program, perturbed_state(program, 0.2)).items():
+        assert found.shape == (program.kernel.stochastic.sum(),)
         np.testing.assert_array_equal(found, 0.0, err_msg=name)
 
 

@@ -164,6 +164,7 @@ def test_clip_bounds_the_magnitude_and_zero_means_none():
     unclipped = group_normalized(outlier, ids, epsilon=0.0)
     np.testing.assert_allclose(unclipped[-1], np.sqrt(63), rtol=1e-5)
     assert group_normalized(outlier, ids, epsilon=0.0, clip=5)[-1] == 5.0
+    assert batch_normalized(outlier, clip=5)[-1] == 5.0
     np.testing.assert_array_equal(
         clip_advantages(jnp.array([-9.0, 0.5, 9.0]), 2.0), [-2.0, 0.5, 2.0]
     )
