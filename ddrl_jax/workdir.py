@@ -13,6 +13,7 @@ from ddrl_jax.distributed import check_shared, is_main, main_first
 from ddrl_jax.errors import UserError
 from ddrl_jax.lock import Lock
 from ddrl_jax.start_note import note_start
+from ddrl_jax.text import parse_json
 
 # Keys that a later start may change: what they change is not the numbers of the run,
 # or (mesh, microbatch) only the order in which floats are added.
@@ -280,7 +281,7 @@ def tell_differences(
 
 def _stored(workdir: Workdir) -> dict[str, Any]:
     try:
-        return _flat(json.loads(workdir.config.read_bytes()))
+        return _flat(parse_json(workdir.config.read_bytes()))
     except (ValueError, AttributeError) as error:
         raise UserError(
             f"{workdir.config} is not readable",

@@ -221,9 +221,12 @@ def test_a_run_with_a_key_that_is_not_there_any_more_names_its_version(tmp_path)
     assert "the version of the stored run" in error.value.way_out
 
 
-def test_a_torn_config_is_refused(tmp_path):
+@pytest.mark.parametrize(
+    "content", ['{"seed": ', pytest.param('{"seed": ' * 100_000, id="nested")]
+)
+def test_a_torn_config_is_refused(tmp_path, content):
     start(tmp_path)
-    (tmp_path / "config.json").write_text('{"seed": ')
+    (tmp_path / "config.json").write_text(content)
     with pytest.raises(UserError, match="config.json is not readable"):
         start(tmp_path)
 

@@ -9,7 +9,6 @@ are no pictures.
 """
 
 import hashlib
-import json
 import os
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -27,7 +26,7 @@ from ddrl_jax.data.images import (
 )
 from ddrl_jax.errors import UserError
 from ddrl_jax.file_tree import walk
-from ddrl_jax.text import is_text
+from ddrl_jax.text import is_text, parse_json
 
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp")
 METADATA = "metadata.jsonl"
@@ -190,7 +189,7 @@ class _Reader:
     def _row(self, metadata: str, where: str, line: str) -> list[tuple[str, str]]:
         """The (picture, caption) of one line, or none and a fault."""
         try:
-            row = json.loads(line)
+            row = parse_json(line)
         except ValueError as e:
             self.fault(BROKEN_LINE, f"{where} ({e})")
             return []

@@ -5,7 +5,6 @@ Weights are read from safetensors only: nothing here can run code from a checkpo
 
 import contextlib
 import hashlib
-import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from ddrl_jax.errors import UserError
+from ddrl_jax.text import parse_json
 
 STEMS = ("diffusion_pytorch_model", "model")  # of diffusers and of transformers
 FOREIGN = ("*.bin", "*.ckpt", "*.pt", "*.pth", "*.msgpack", "*.h5")  # other formats
@@ -34,7 +34,7 @@ def read_json(path: Path) -> dict[str, Any]:
       UserError: no such file, or not a JSON object.
     """
     try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
+        content = parse_json(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError) as e:
         missing = not Path(path).is_file()
         raise UserError(

@@ -100,6 +100,10 @@ def broken_line(root):
     write_jsonl(root / "metadata.jsonl", "", '{"file_name": "000.png", "te')
 
 
+def deep_line(root):
+    write_jsonl(root / "metadata.jsonl", '{"file_name": ' + "[" * 100_000)
+
+
 def row_without_a_name(root):
     write_jsonl(root / "metadata.jsonl", {"text": "of what?"}, ["list"])
 
@@ -157,6 +161,7 @@ BAD = {
     orphan_row: ("captions without a picture: metadata.jsonl:1 (lost.png)", set()),
     outside: ("without a picture: metadata.jsonl:1 (../outside.png)", set()),
     broken_line: ("1 broken lines of metadata.jsonl: metadata.jsonl:2 (", set()),
+    deep_line: ("1 broken lines of metadata.jsonl: metadata.jsonl:1 (nested", set()),
     row_without_a_name: ('metadata.jsonl:1 (no "file_name"), metadata.jsonl:2', set()),
     caption_is_a_number: ("metadata.jsonl:1 (the caption is no text)", {"001.jpg"}),
     caption_is_half_an_emoji: ("metadata.jsonl:1 (the caption is not U", {"001.jpg"}),

@@ -101,7 +101,8 @@ def test_a_tensor_that_no_shard_holds_is_named(unet):
 
 @pytest.mark.parametrize(
     "content",
-    ["{", "[1]", '{"weight_map": 3}', "{}", '{"weight_map": {"a": ["a.safetensors"]}}'],
+    ["{", "[1]", '{"weight_map": 3}', "{}", '{"weight_map": {"a": ["a.safetensors"]}}']
+    + [pytest.param('{"a": ' * 100_000, id="nested")],
 )
 def test_a_damaged_index_is_refused(unet, content):
     _, index = shard(unet)
@@ -143,7 +144,10 @@ def test_an_empty_or_absent_component_is_named(unet, tmp_path):
     assert "no folder vae" in refusal(read_tensors, tmp_path / "vae")
 
 
-@pytest.mark.parametrize("content", [None, "", "{", "[]", b"\xff\xfe"])
+@pytest.mark.parametrize(
+    "content",
+    [None, "", "{", "[]", b"\xff\xfe", pytest.param("[" * 10**5, id="nested")],
+)
 def test_json_that_is_no_object_is_refused(tmp_path, content):
     path = tmp_path / "config.json"
     if content is not None:
