@@ -102,7 +102,7 @@ def _cached(config: Any, pipeline: Pipeline) -> Path:
     """
     data, model = config.data, config.model
     folder = model_folder(model)
-    caches = spelt_out(data.cache, "--config.data.cache")
+    caches = Path(spelt_out(data.cache, "--config.data.cache"))
     encode, resolution = pipeline.encode_images, _resolution(pipeline)
     assert encode is not None, "Stable Diffusion encodes pictures"
     source = read_source(folder, model.variant)
