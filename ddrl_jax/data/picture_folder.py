@@ -18,6 +18,7 @@ from pathlib import Path
 from ddrl_jax.data.images import (
     EMPTY_CAPTION,
     NO_CAPTION,
+    NOT_UTF8,
     THREADS,
     Pictures,
     Row,
@@ -153,7 +154,7 @@ class _Reader:
         try:
             return (self.root / name).read_text(encoding="utf-8-sig")
         except UnicodeDecodeError:
-            self.fault(UNREADABLE, f"{name} (not UTF-8)")
+            self.fault(NOT_UTF8, name)
         except OSError as e:
             self.fault(UNREADABLE, f"{name} ({e.strerror})")
         return None

@@ -154,7 +154,7 @@ def dangling_link(root):
 BAD = {
     remove_caption: ("1 pictures without a caption: 001.jpg", {"001.jpg"}),
     empty_caption: ("1 empty captions: 001.jpg", {"001.jpg"}),
-    latin_caption: ("can not be read: 001.txt (not UTF-8)", {"001.jpg"}),
+    latin_caption: ("captions that are not UTF-8: 001.txt", {"001.jpg"}),
     truncated: ("can not be decoded: 001.jpg (OSError", {"001.jpg"}),
     no_picture_at_all: ("can not be decoded: 001.jpg (not a PNG", {"001.jpg"}),
     orphan_text: ("1 captions without a picture: lost.txt", set()),
