@@ -1,6 +1,7 @@
 """Reading and writing model folders; everything that can be wrong has one message."""
 
 import json
+from functools import partial
 
 import ml_dtypes
 import numpy as np
@@ -84,6 +85,14 @@ def test_variants_lie_beside_each_other(unet):
     np.testing.assert_array_equal(read_tensors(unet)["a"], A)
     message = refusal(read_tensors, unet, "non_ema")
     assert "'non_ema'" in message and "fp16.safetensors" in message
+
+
+def test_a_judge_has_no_key_for_a_variant(unet):
+    save_file({"a": A}, unet / "model.fp16.safetensors")
+    assert "config.model.variant" in refusal(read_tensors, unet)
+    message = refusal(partial(read_tensors, judge=True), unet)
+    assert "got:     model.fp16.safetensors\n  wanted:  model.safetensors\n" in message
+    assert "variant" not in message and "put model.safetensors" in message
 
 
 def test_a_missing_shard_is_named(unet):
