@@ -292,8 +292,9 @@ def _channels(name: str, key: str, value: Any) -> tuple[float, ...]:
 
 def _is_number(value: object) -> bool:
     """Whether it is a number of JSON that a float can hold; true is none."""
-    real = isinstance(value, int | float) and not isinstance(value, bool)
-    return real and abs(value) <= sys.float_info.max
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    return abs(value) <= sys.float_info.max
 
 
 def _refusal(name: str, asked: Mapping[str, Any]) -> UserError:
