@@ -1,6 +1,5 @@
 """From sys.argv to a Command: which mode, which workdir, which configuration."""
 
-import os
 import re
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -11,6 +10,7 @@ from ml_collections import ConfigDict
 from ddrl_jax.config_file import USAGE, load_config, override
 from ddrl_jax.config_rules import flatten, near
 from ddrl_jax.errors import UserError
+from ddrl_jax.file_tree import spelt_out
 from ddrl_jax.text import is_text
 
 MODES = {
@@ -99,7 +99,7 @@ def parse(argv: Sequence[str]) -> Command:
     _check_folder(values.workdir or "")
     _check_flags(rest[1:])
     place = {name.removeprefix("distributed."): values[name].value for name in PLACE}
-    workdir = os.path.expanduser(values.workdir or "")
+    workdir = spelt_out(values.workdir or "", "--workdir")
     file = _one_file(values.config or [""])
     if not file and values.mode in ("report", "compare"):
         return Command(values.mode, workdir, None, place)

@@ -2,11 +2,10 @@
 
 import importlib.util
 import inspect
-import os
 import re
 import sys
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from ml_collections.config_dict import placeholder
 
 from ddrl_jax.config_rules import RULES, flatten, near, plain
 from ddrl_jax.errors import UserError
-from ddrl_jax.file_tree import spelt_out
+from ddrl_jax.file_tree import spelt_out, with_home
 
 USAGE = "python -m ddrl_jax.main --config=configs/quickstart.py --workdir=runs/mine"
 # Keys whose value may be a path. Not data.cache, which is no part of what a run is:
@@ -46,13 +45,14 @@ def load_config(spec: str) -> ConfigDict:
 
     Returns:
       The configuration, locked: keys can be changed and not added; "~" in its paths
-      is spelt out, and a placeholder without a value is None.
+      is spelt out where that home is known (`override` refuses what is left), and a
+      placeholder without a value is None.
 
     Raises:
       UserError: no such file, or one whose get_config() gives no ConfigDict.
     """
     name, _, variant = spec.partition(":")
-    path = spelt_out(name, "--config")
+    path = Path(spelt_out(name, "--config"))
     if not name:
         raise UserError(
             "--config is missing",
@@ -81,7 +81,8 @@ def load_config(spec: str) -> ConfigDict:
             wanted="an ml_collections.ConfigDict",
             way_out="return what get_config() of configs/base.py gave, edited",
         )
-    return expand_paths(config).lock()
+    _spell_out(config, lambda value, _: with_home(value))
+    return config.lock()
 
 
 def _open_placeholders(config: ConfigDict) -> None:
@@ -171,8 +172,8 @@ def override(config: ConfigDict, argv: Sequence[str]) -> ConfigDict:
       argv: the program first, then overrides only.
 
     Raises:
-      UserError: an unknown key, a value of another type than the default's, or a
-        placeholder that has no value yet.
+      UserError: an unknown key, a value of another type than the default's, a
+        placeholder that has no value yet, or a path in a home that is not known.
     """
     _check_keys(config, argv[1:])
     values = flags.FlagValues()
@@ -191,17 +192,18 @@ def override(config: ConfigDict, argv: Sequence[str]) -> ConfigDict:
             way_out=f"write --config.KEY={left[0]}, or quote values with spaces",
         )
     _check_placeholders(values.config)
-    return expand_paths(values.config)
+    _spell_out(values.config, spelt_out)
+    return values.config
 
 
-def expand_paths(config: ConfigDict) -> ConfigDict:
-    """Spells out a leading "~" in the values of PATHS, in place; returns the config."""
+def _spell_out(config: ConfigDict, spell: Callable[[str, str], str]) -> None:
+    """Puts the home in place of a leading "~" in the values of PATHS."""
     values = flatten(config)
     for path in PATHS:
         value = values.get(path)
         if isinstance(value, str) and value.startswith("~"):
-            config.update_from_flattened_dict({path: os.path.expanduser(value)})
-    return config
+            home = {path: spell(value, f"--config.{path}")}
+            config.update_from_flattened_dict(home)
 
 
 def _check_keys(config: Any, argv: Sequence[str]) -> None:

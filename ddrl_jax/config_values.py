@@ -1,6 +1,6 @@
 """The kinds of values that a key of a configuration may hold."""
 
-import math
+import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -45,7 +45,9 @@ def number(
     def accepts(value: Any) -> bool:
         if not isinstance(value, (int, float)) or isinstance(value, bool):
             return False
-        return math.isfinite(value) and all(test(value, b) for _, b, test in used)
+        # neither inf nor NaN, nor a whole number beyond all floats
+        finite = abs(value) <= sys.float_info.max
+        return finite and all(test(value, b) for _, b, test in used)
 
     return Rule(f"a finite number {words}".rstrip(), accepts)
 

@@ -32,7 +32,15 @@ def walk(
         above |= {inside[name]: way for name in folders}
 
 
-def spelt_out(path: str, key: str) -> Path:
+def with_home(path: str) -> str:
+    """As `spelt_out`, but a path in a home that is not known here stays as it is."""
+    try:
+        return os.path.expanduser(path)
+    except ValueError:  # a name that no user can have
+        return path
+
+
+def spelt_out(path: str, key: str) -> str:
     """The path with the home in place of its leading "~" or "~name".
 
     Args:
@@ -42,12 +50,15 @@ def spelt_out(path: str, key: str) -> Path:
     Raises:
       UserError: there is no such home.
     """
-    try:
-        return Path(path).expanduser()
-    except RuntimeError as e:  # nobody of that name, or no HOME and an unknown user
-        raise UserError(
-            f"{key} begins with a home that is not known here",
-            got=path,
-            wanted="a path, or ~ where there is a home",
-            way_out=f"write the folder in place of the ~ in {key}, or set HOME",
-        ) from e
+    found = with_home(path)
+    if not found.startswith("~"):
+        return found
+    home = path.split("/")[0]
+    mend = "set HOME" if home == "~" else "correct the name"
+    # Taken as it is, it would become a folder of that odd name.
+    raise UserError(
+        f"{key} begins with a home that is not known here",
+        got=path,
+        wanted="a path, ~ where there is a home, or ~NAME of a user of this machine",
+        way_out=f"write the folder in place of {home} in {key}, or {mend}",
+    )

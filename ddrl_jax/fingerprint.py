@@ -11,6 +11,7 @@ import numpy as np
 from ddrl_jax.checksum import Part, checksums, host_parts
 from ddrl_jax.errors import UserError
 from ddrl_jax.interfaces import Params
+from ddrl_jax.text import parse_json
 
 _FORMAT = "ddrl_jax checkpoint, format 2"
 _OLD = "ddrl_jax checkpoint, format 1"  # its checksums are of another kind
@@ -92,7 +93,7 @@ def parse(content: bytes, epoch: int) -> dict[str, Any]:
     Raises:
       ValueError: it is not the record of this epoch, or its bytes have changed.
     """
-    found = json.loads(content)
+    found = parse_json(content)
     if not isinstance(found, dict) or found.get("program") not in (_FORMAT, _OLD):
         raise ValueError(f"no record of this program ({_FORMAT})")
     if found.pop("checksum", None) != _json_checksum(found):

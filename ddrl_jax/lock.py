@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ddrl_jax.errors import EXIT_ERROR, UserError
+from ddrl_jax.text import parse_json
 
 SIZE = 400  # bytes of the file, always: a beat needs no room on a full disk
 
@@ -198,7 +199,7 @@ def _flock(handle: int) -> bool | None:
 def _read(path: Path) -> dict[str, Any] | None:
     """Who holds a lock; None where nobody does or the file is not (yet) a lock's."""
     try:
-        found = json.loads(path.read_bytes())
+        found = parse_json(path.read_bytes())
     except (OSError, ValueError):
         return None
     return found if isinstance(found, dict) and "token" in found else None

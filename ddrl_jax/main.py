@@ -18,6 +18,7 @@ from ml_collections import ConfigDict
 from ddrl_jax import __version__
 from ddrl_jax.command_line import Command, help_text, parse
 from ddrl_jax.errors import UserError
+from ddrl_jax.file_tree import with_home
 
 EXIT_CRASH = 1
 EXIT_INTERRUPTED = 130  # what a shell reports of a program ended by Ctrl-C
@@ -127,8 +128,10 @@ def _enable_compilation_cache() -> None:
     cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
     default = os.path.join(cache, "ddrl_jax", "jax")
     own = os.environ.get("JAX_COMPILATION_CACHE_DIR")
-    folder = os.path.expanduser(own or default)
+    folder = with_home(own or default)
     try:
+        if folder.startswith("~"):  # nor is a folder of that odd name made
+            raise FileNotFoundError(f"{folder} is in a home that is not known here")
         os.makedirs(folder, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass

@@ -8,6 +8,7 @@ import os
 from typing import Any
 
 from ddrl_jax.metrics import ONLY_AT_END
+from ddrl_jax.text import parse_json
 from ddrl_jax.workdir import Workdir, replace_file
 
 
@@ -57,7 +58,7 @@ def continue_from(home: Workdir, step: int) -> int:
 
 def _without_the_end(text: bytes) -> list[bytes]:
     """The line of an epoch that is not the last any more, and what it has lost."""
-    line = json.loads(text)
+    line = parse_json(text)
     ended = line.pop(ONLY_AT_END, [])
     if not ended:
         return [text]
@@ -74,6 +75,6 @@ def _text(line: dict[str, Any]) -> bytes:
 def _step_of(line: bytes) -> int | float:
     """The step of a line of metrics.jsonl; infinity where the line is cut short."""
     try:
-        return json.loads(line)["step"] if line.endswith(b"\n") else float("inf")
+        return parse_json(line)["step"] if line.endswith(b"\n") else float("inf")
     except (ValueError, KeyError, TypeError):
         return float("inf")

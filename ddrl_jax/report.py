@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 from ddrl_jax.curves import Rows, curves, series_of
 from ddrl_jax.errors import UserError
 from ddrl_jax.start_note import of_the_run
+from ddrl_jax.text import parse_json
 
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #222; background: #fff;
@@ -107,7 +108,7 @@ def _read(root: Path) -> _Run:
 def _read_config(path: Path, missing: list[str]) -> dict[str, Any]:
     """The configuration; {} where there is none, or something else in its place."""
     try:
-        config = json.loads(path.read_text())
+        config = parse_json(path.read_text())
     except (OSError, ValueError) as error:
         missing.append(f"{path.name}: {error}")
         return {}
@@ -137,8 +138,8 @@ def _read_lines(path: Path, missing: list[str]) -> Rows:
 def _read_line(line: str) -> dict[str, Any] | None:
     """An object in which what the page looks into has its kind, None for others."""
     try:
-        row = json.loads(line)
-    except (ValueError, RecursionError):
+        row = parse_json(line)
+    except ValueError:
         return None
     if not isinstance(row, dict) or not isinstance(row.get("step", 0), int):
         return None

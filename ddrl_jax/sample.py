@@ -47,7 +47,8 @@ def sample_mode(config: Any, workdir: str) -> None:
     with open_workdir(workdir, config, mode="sample") as home:
         tell_differences(home, config, ())  # of a run that has begun: other prompts
         output = Path(config.sample.output or home.root / "dataset")
-        refuse_existing(output)  # before anything is built
+        # Before a lock and folders above it are made, and anything is built.
+        refuse_existing(output)
         with _held(output):
             program = build(without_data(config, "sample"))
             checkpoints = Checkpoints(home.checkpoints, 0, 1, read_only=True)
@@ -77,7 +78,8 @@ def _held(output: Path) -> Iterator[None]:
             way_out="wait for it, stop it, or set another --config.sample.output",
         ) from error
     try:
-        refuse_existing(output)  # whom the lock waited for has written it
+        # Whom the lock waited for has written it: to build for minutes is of no use.
+        refuse_existing(output)
         yield
     finally:
         lock.close()

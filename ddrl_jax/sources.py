@@ -12,7 +12,7 @@ from ddrl_jax.data.emoji import emoji_source
 from ddrl_jax.data.images import Pictures
 from ddrl_jax.data.latent_writer import FORMAT, tell_skipped, write_latents
 from ddrl_jax.data.latents import LatentSource, latent_source
-from ddrl_jax.data.picture_folder import read_folder
+from ddrl_jax.data.picture_folder import UNREADABLE, read_folder
 from ddrl_jax.data.picture_tfds import read_tfds, tfds_folder
 from ddrl_jax.data.read_ahead import ReadAhead
 from ddrl_jax.data.samples import sample_source
@@ -111,7 +111,7 @@ def _cached(config: Any, pipeline: Pipeline) -> Path:
     """
     data, model = config.data, config.model
     folder = model_folder(model)
-    caches = spelt_out(data.cache, "--config.data.cache")
+    caches = Path(spelt_out(data.cache, "--config.data.cache"))
     encode, resolution = pipeline.encode_images, _resolution(pipeline)
     assert encode is not None, "Stable Diffusion encodes pictures"
     source = read_source(folder, model.variant)
@@ -138,9 +138,10 @@ def _cached(config: Any, pipeline: Pipeline) -> Path:
         tell_skipped(known)
         return known
     posterior = jax.jit(lambda encode, pixels: encode(pixels))
+    pictures = _pictures(data, resolution)
     path = write_latents(
         caches,
-        _pictures(data, resolution),
+        pictures,
         lambda pixels: posterior(encode, pixels),
         pipeline.encode,
         data.cache_batch,
@@ -148,7 +149,10 @@ def _cached(config: Any, pipeline: Pipeline) -> Path:
         dtype=data.cache_dtype,
         text_dtype=data.cache_text_dtype,
     )
-    if key["files"]:
+    # Files that could not be read may be there for the next start, and what changed
+    # since they were looked at may be put back: such data are read again.
+    as_seen = files_digest(stored) == key["files"]
+    if key["files"] and as_seen and UNREADABLE not in pictures.faults:
         remember(caches, key, path)
     return path
 

@@ -18,6 +18,7 @@ import time
 from typing import Any, NamedTuple
 
 from ddrl_jax.errors import EXIT_AGAIN, TryAgain, UserError
+from ddrl_jax.text import parse_json
 
 MEETING = "ddrl_jax/watch"  # where process 0 says how it is reached
 GONE = (errno.ETIMEDOUT, errno.EHOSTUNREACH, errno.ENETUNREACH)
@@ -102,7 +103,7 @@ class Watch:
         """Takes a call in, if it is one of ours: anybody can find an open port."""
         call.settimeout(HELLO)
         try:
-            key, name = json.loads(call.makefile("rb", 0).readline(4096))
+            key, name = parse_json(call.makefile("rb", 0).readline(4096))
         except (OSError, ValueError, TypeError):
             key, name = "", ""
         if key != token:
@@ -113,7 +114,7 @@ class Watch:
     def _connect(self) -> None:
         """The others: call process 0."""
         found = self._client.blocking_key_value_get(MEETING, 1000 * PATIENCE)
-        host, port, token = json.loads(found)
+        host, port, token = parse_json(found)
         call = socket.create_connection((host, port), timeout=PATIENCE)
         self._keep(call, f"process 0 at {host}")
         call.sendall(json.dumps([token, self._me()]).encode() + b"\n")
@@ -155,7 +156,7 @@ class Watch:
                 how = "is not reached any more: its machine, or the network"
         *lines, self._partial[call] = (self._partial.get(call, b"") + said).split(b"\n")
         for line in lines:
-            message = json.loads(line)
+            message = parse_json(line)
             if "stop" in message:
                 self._end(message["stop"], message["status"])
             if "bye" in message:

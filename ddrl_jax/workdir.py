@@ -13,29 +13,17 @@ from ddrl_jax.distributed import check_shared, is_main, main_first
 from ddrl_jax.errors import UserError
 from ddrl_jax.lock import Lock
 from ddrl_jax.start_note import note_start
+from ddrl_jax.text import parse_json
 
 # Keys that a later start may change: what they change is not the numbers of the run,
 # or (mesh, microbatch) only the order in which floats are added.
-_FREE = (
-    "log.",
-    "checkpoint.",
-    "sample.",
-    "mesh.",
-    "export.",
-    "rewards.on_failure",
-    "rewards.threads",
-    "rewards.timeout",
-    "rewards.vlm.base_url",
-    "rewards.vlm.api_key_env",
-    "rewards.vlm.timeout",
-    "rewards.vlm.retries",
-    "rewards.vlm.backoff",
-    "rewards.vlm.threads",
-    "evaluate.pictures",
-    "policy.ratio_tolerance",
-    "train.microbatch",
-)
+_FREE = ("log.", "checkpoint.", "sample.", "mesh.", "export.", "evaluate.pictures")
+_FREE += ("rewards.on_failure", "rewards.threads", "rewards.timeout")
+_FREE += ("rewards.vlm.base_url", "rewards.vlm.api_key_env", "rewards.vlm.timeout")
+_FREE += ("rewards.vlm.retries", "rewards.vlm.backoff", "rewards.vlm.threads")
+_FREE += ("policy.ratio_tolerance", "train.microbatch")
 _ABSENT = "(no such key)"
+_TABLE = "rewards.weights."  # whose keys are set, all at once, in any version
 # Keys that a run of an earlier version does not have, and what it did.
 _MEANT = {
     "optimizer.name": "adamw",
@@ -286,7 +274,7 @@ def tell_differences(
 
 def _stored(workdir: Workdir) -> dict[str, Any]:
     try:
-        return _flat(json.loads(workdir.config.read_bytes()))
+        return _flat(parse_json(workdir.config.read_bytes()))
     except (ValueError, AttributeError) as error:
         raise UserError(
             f"{workdir.config} is not readable",
@@ -304,20 +292,31 @@ def _compare_config(workdir: Workdir, wanted: dict, but: tuple[str, ...]) -> Non
     """Refuses another config where a run has begun, else says what replaces it."""
     found = differing_keys(_stored(workdir), wanted)
     found = {key: pair for key, pair in found.items() if not key.startswith(but)}
-    other_version = "; one that is not there: go on with the version of the stored run"
     if found and _begun(workdir):
         raise UserError(
             f"{workdir.root} holds a run with another config",
             got="\n           ".join(_listed(found)),
             wanted="the config stored in its config.json",
-            way_out="use another --workdir, or set these keys as stored"
-            + (
-                other_version if any(_ABSENT in pair for pair in found.values()) else ""
-            ),
+            way_out=_way_back(found),
         )
     if found:
         head = f"in place of a start that came to nothing in {workdir.root}:"
         print("\n  ".join((head, *_listed(found))), file=sys.stderr, flush=True)
+
+
+def _way_back(found: Mapping[str, tuple[Any, Any]]) -> str:
+    """What helps where keys differ: a key that one version lacks can not be set."""
+    lacking = [
+        _ABSENT in pair and not key.startswith(_TABLE) for key, pair in found.items()
+    ]
+    if not any(lacking):
+        return "use another --workdir, or set these keys as stored"
+    if all(lacking):
+        return "use another --workdir, or go on with the version of the stored run"
+    return (
+        "use another --workdir, or set these keys as stored; one that is not there: "
+        "go on with the version of the stored run"
+    )
 
 
 def _flat(config: Any, prefix: str = "") -> dict[str, Any]:

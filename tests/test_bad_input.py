@@ -81,6 +81,11 @@ ARGUMENTS = {
     "value apart": ([SMOKE, "--workdir=w", "--config.log.progress", "0"], "got:     0"),
     "flagfile": ([SMOKE, "--workdir=w", "--flagfile=none.txt"], "none.txt"),
     "config of a long name": ([f"--config={300 * 'x'}", "--workdir=w"], "too long"),
+    "workdir of nobody": ([SMOKE, "--workdir=~no-such-user/w"], "--workdir begins"),
+    "samples in the home of nobody": (
+        [SMOKE, "--workdir=w", "--config.sample.output=~no-such-user/set"],
+        "--config.sample.output begins with a home",
+    ),
     "config of nobody": (["--config=~no-such-user/x.py", "--workdir=w"], "--config "),
     "report of a long name": ([f"--workdir={300 * 'x'}", "--mode=report"], "too long"),
     "report of nothing": (["--workdir=none", "--mode=report"], "is not a workdir"),

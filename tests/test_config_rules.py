@@ -31,7 +31,8 @@ def wrong_values(path: str) -> list:
     if isinstance(default, tuple):
         return [None, "compressibility", 3, (None,), (-1,), (1.5,), (1, 1), ("", "")]
     if isinstance(default, ConfigDict):
-        return [None, ("compressibility",), {"compressibility": -1.0}, {"x": True}]
+        wrong = ({"compressibility": -1.0}, {"x": True}, {"x": 10**400})
+        return [None, ("compressibility",), *wrong]
     return [None, 1, ("a",)]
 
 

@@ -47,11 +47,14 @@ def test_what_is_taken_out_of_the_folders_is_not_entered(tmp_path):
 
 def test_a_home_is_spelt_out(monkeypatch):
     monkeypatch.setenv("HOME", "/somewhere")
-    assert spelt_out("~/x", "--key") == Path("/somewhere/x")
-    assert spelt_out("a/~x", "--key") == Path("a/~x")
+    assert spelt_out("~/x/", "--key") == "/somewhere/x/"
+    for path in ("", "a/~x", "./~no-such-user"):
+        assert spelt_out(path, "--key") == path
 
 
-@pytest.mark.parametrize("path", ["~/x", "~no-such-user/x"])
+@pytest.mark.parametrize(
+    "path", ["~/x", "~no-such-user/x", "~", "~-", "~a\0", "~\ud83d"]
+)
 def test_a_home_that_is_not_known_is_an_error_with_its_key(path, monkeypatch):
     def unknown(_):
         raise KeyError
@@ -61,3 +64,6 @@ def test_a_home_that_is_not_known_is_an_error_with_its_key(path, monkeypatch):
     with pytest.raises(UserError, match="--key begins with a home") as error:
         spelt_out(path, "--key")
     assert error.value.got == path
+    way_out = error.value.way_out
+    assert way_out.startswith(f"write the folder in place of {path.split('/')[0]} in")
+    assert ("HOME" in way_out) == (path in ("~", "~/x"))

@@ -116,7 +116,7 @@ def test_caches_beside_a_workdir_in_a_home(workdir, machine):
     arguments = (CONFIG, f"--workdir={workdir}")
     found = _environment(machine, "cpu", *arguments, HOME="/home/my name")
     shared = os.path.dirname(workdir.replace("~root", os.path.expanduser("~root")))
-    if not workdir.startswith("~-"):  # a folder of that name, as for the program
+    if not workdir.startswith("~-"):  # which the program refuses
         shared = shared.replace("~", "/home/my name")
     assert found["JAX_COMPILATION_CACHE_DIR"] == f"{shared}/compile_cache"
     assert found["HF_HUB_CACHE"] == f"{shared}/huggingface"

@@ -184,12 +184,23 @@ def test_a_home_is_spelt_out_once_in_every_path(monkeypatch):
     assert paths <= set(PATHS)
 
 
-def test_a_home_in_a_file_is_spelt_out_too(monkeypatch, tmp_path):
+def test_a_home_in_a_file_is_spelt_out_too(monkeypatch, written):
     monkeypatch.setenv("HOME", "/somewhere")
-    text = "from configs import base\ndef get_config():\n    c = base.get_config()\n"
-    text += "    c.model.init = '~/mine.npz'\n    return c\n"
-    (tmp_path / "mine.py").write_text(text)
-    assert load_config(str(tmp_path / "mine.py")).model.init == "/somewhere/mine.npz"
+    file = written("c.model.init = '~/mine'\nreturn c")
+    assert parse(["main", "--workdir=w", file]).config.model.init == "/somewhere/mine"
+
+
+@pytest.mark.parametrize("key", PATHS)
+def test_a_home_of_nobody_is_no_folder_of_that_name(key):
+    with pytest.raises(UserError, match=f"--config.{key} begins with a home"):
+        parse(["main", SMOKE, "--workdir=w", f"--config.{key}=~no-such-user/x"])
+
+
+def test_a_home_of_nobody_in_a_file_may_be_overridden(written):
+    command = ["main", "--workdir=w", written("c.model.init = '~nobody-'\nreturn c")]
+    with pytest.raises(UserError, match=r"--config\.model\.init begins with a home"):
+        parse(command)
+    assert parse([*command, "--config.model.init=/x"]).config.model.init == "/x"
 
 
 # ---- how a command ends
@@ -292,9 +303,12 @@ def test_a_cache_that_can_not_be_written_stops_nothing(
     stand_in, monkeypatch, tmp_path, capsys
 ):
     (tmp_path / "file").write_text("")
-    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "file" / "cache"))
-    assert cache_folder(stand_in) is None
-    assert "not kept" in capsys.readouterr().err
+    monkeypatch.chdir(tmp_path)
+    for folder in (str(tmp_path / "file" / "cache"), "~no-such-user/cache"):
+        monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", folder)
+        assert cache_folder(stand_in) is None
+        assert "not kept" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
 # ---- how exactly products are computed

@@ -203,7 +203,16 @@ def test_what_a_run_lacks_is_named(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "content", ["[]", "null", '{"train": 5}', '{"train": {"epochs": "3"}}', "{", None]
+    "content",
+    [
+        "[]",
+        "null",
+        '{"train": 5}',
+        '{"train": {"epochs": "3"}}',
+        "{",
+        pytest.param("[" * 10**5, id="nested"),
+        None,
+    ],
 )
 def test_a_broken_configuration_is_a_missing_one(content, run):
     (run / "config.json").unlink()

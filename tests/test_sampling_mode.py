@@ -113,6 +113,21 @@ def test_samples_are_never_overwritten(sampled, monkeypatch):
     np.testing.assert_array_equal(read_emoji(sampled / "dataset")[0], before)
 
 
+def test_a_set_that_was_written_while_the_lock_waited_is_seen_before_building(
+    tmp_path, monkeypatch
+):
+    output = tmp_path / "set"
+
+    def waited(path):
+        output.mkdir()
+        return Lock(path)
+
+    monkeypatch.setattr("ddrl_jax.sample.Lock", waited)
+    monkeypatch.setattr("ddrl_jax.sample.build", no_build)
+    with pytest.raises(UserError, match="already there"):
+        sample_mode(settings(sample__output=str(output)), str(tmp_path / "run"))
+
+
 def test_samples_anchor_a_data_term(sampled):
     edits = {"data.source": "samples", "data.path": str(sampled / "dataset")}
     config = settings(**edits, data_term__weight=0.5)

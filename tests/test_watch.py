@@ -51,6 +51,7 @@ def test_a_process_of_ours_is_taken_in_and_its_next_words_are_kept():
         b"7\n",
         b'["another token", "process 1"]\n',
         b"x" * 5000,
+        pytest.param(b"[" * 4000 + b"\n", id="nested"),
     ],
 )
 def test_a_stranger_is_hung_up_on(said):

@@ -221,19 +221,38 @@ def test_a_run_from_before_float32_was_exact_goes_on_as_it_was(tmp_path):
     start(tmp_path, **{"model.matmul_precision": "default"})
 
 
-def test_a_run_with_a_key_that_is_not_there_any_more_names_its_version(tmp_path):
+SET = "use another --workdir, or set these keys as stored"
+VERSION = "go on with the version of the stored run"
+WAYS = {  # keys that only the run has, those that are set otherwise, and the way out
+    "set otherwise": ({}, {"seed": 7}, SET),
+    "another version": ({"old": 1}, {}, f"use another --workdir, or {VERSION}"),
+    "both": ({"old": 1}, {"seed": 7}, f"{SET}; one that is not there: {VERSION}"),
+    "other rewards": ({}, {"rewards.weights": {"incompressibility": 1.0}}, SET),
+}
+
+
+@pytest.mark.parametrize("kind", WAYS)
+def test_each_kind_of_difference_has_its_way_out(tmp_path, kind):
+    old, changes, way_out = WAYS[kind]
     start(tmp_path)
     stored = json.loads((tmp_path / "config.json").read_text())
-    stored["optimizer"]["old"] = 1
+    stored["optimizer"] |= old
     (tmp_path / "config.json").write_text(json.dumps(stored))
+    config = get_config()
+    for key, value in changes.items():
+        *section, last = key.split(".")
+        (config[section[0]] if section else config)[last] = value
     with pytest.raises(UserError) as error:
-        start(tmp_path)
-    assert "the version of the stored run" in error.value.way_out
+        open_workdir(tmp_path, config)
+    assert error.value.way_out == way_out
 
 
-def test_a_torn_config_is_refused(tmp_path):
+@pytest.mark.parametrize(
+    "content", ['{"seed": ', pytest.param('{"seed": ' * 100_000, id="nested")]
+)
+def test_a_torn_config_is_refused(tmp_path, content):
     start(tmp_path)
-    (tmp_path / "config.json").write_text('{"seed": ')
+    (tmp_path / "config.json").write_text(content)
     with pytest.raises(UserError, match="config.json is not readable"):
         start(tmp_path)
 

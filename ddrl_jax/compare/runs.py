@@ -1,6 +1,5 @@
 """Runs of several algorithms as curves over reward calls, and numbers over seeds."""
 
-import json
 import os
 from collections.abc import Mapping, Sequence
 from functools import reduce
@@ -11,6 +10,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from ddrl_jax.errors import UserError
+from ddrl_jax.text import parse_json
 
 # The base judged twice on equal prompts and noise differs by rounding only; another
 # network, prompt or noise differs by more. Means of votes, such as the retrieval, are
@@ -199,7 +199,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     rows = []
     for line in path.read_text(errors="replace").splitlines() if path.exists() else ():
         try:
-            rows.append(dict(json.loads(line)))
+            rows.append(dict(parse_json(line)))
         except (ValueError, TypeError):
             continue
     return rows
@@ -208,7 +208,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 def _read(arm: str, root: Path) -> Run | str:
     """The run of a workdir, or in words what it lacks."""
     try:
-        config = _flat(json.loads((root / "config.json").read_text()))
+        config = _flat(parse_json((root / "config.json").read_text()))
     except (OSError, ValueError, AttributeError) as error:
         reason = "no config.json" if root.is_dir() else "no such folder"
         return f"{root}: {reason if isinstance(error, OSError) else error}"

@@ -10,7 +10,7 @@ import hashlib
 import io
 import json
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
@@ -32,11 +32,19 @@ _SHOWN = 5  # names an error shows of each kind
 CORRUPT = "pictures that can not be decoded"
 NO_CAPTION = "pictures without a caption"
 EMPTY_CAPTION = "empty captions"
+NOT_UTF8 = "captions that are not UTF-8"
 Faults = Mapping[str, tuple[str, ...]]
 
 
 class BadPicture(Exception):
     """Bytes that are no usable picture; the message is the reason."""
+
+
+class UnreadPicture(Exception):
+    """A picture that can not be had as it was listed; the message is the reason.
+
+    No fault of the data, which is skipped: another start may find it as it was.
+    """
 
 
 class Row(NamedTuple):
@@ -134,11 +142,22 @@ class Pictures:
         """Reads one picture.
 
         Raises:
-          BadPicture: it can not be decoded; not after `checked`, unless it changed.
+          BadPicture: it can not be decoded; not after `checked`.
+          UnreadPicture: it can not be read, or is another than was listed.
         """
         row = self.rows[record]
-        image = decode_picture(row.read(), self.resolution, self.resample)
-        return image, row.caption
+        return self._decoded(row), row.caption
+
+    def _decoded(self, row: Row) -> UInt8[np.ndarray, "h w 3"]:
+        try:
+            content = row.read()
+        except OSError as e:
+            raise UnreadPicture(e.strerror or str(e)) from e
+        # The fingerprint, by which a cache of these pictures is found again, is that of
+        # the bytes that were listed: of no others may anything get into it.
+        if hashlib.sha256(content).hexdigest() != row.digest:
+            raise UnreadPicture("it was replaced")
+        return decode_picture(content, self.resolution, self.resample)
 
     @property
     def captions(self) -> tuple[str, ...]:
@@ -155,23 +174,23 @@ class Pictures:
 
         Raises:
           UserError: with on_bad="error" all that is wrong, in one message; always
-            where nothing usable is left.
+            where nothing usable is left, or a picture is not as it was listed.
         """
 
-        def fault(row: Row) -> str:
+        def fault(row: Row) -> tuple[type | None, str]:
             try:
-                decode_picture(row.read(), self.resolution, self.resample)
-            except BadPicture as e:
-                return str(e)
-            except OSError as e:
-                return e.strerror or str(e)
-            return ""
+                self._decoded(row)
+            except (BadPicture, UnreadPicture) as e:
+                return type(e), f"{row.name} ({e})"
+            return None, ""
 
         with ThreadPoolExecutor(THREADS) as pool:
             found = list(pool.map(fault, self.rows))
-        pairs = list(zip(self.rows, found, strict=True))
-        bad = tuple(f"{row.name} ({why})" for row, why in pairs if why)
-        good = tuple(row for row, why in pairs if not why)
+        if unread := [text for kind, text in found if kind is UnreadPicture]:
+            raise changed(self.root, unread)
+        bad = tuple(text for kind, text in found if kind is BadPicture)
+        pairs = zip(self.rows, found, strict=True)
+        good = tuple(row for row, (kind, _) in pairs if kind is None)
         faults = {**self.faults, CORRUPT: bad} if bad else self.faults
         checked = dataclasses.replace(self, rows=good, faults=faults)
         if not good or (faults and self.on_bad == "error"):
@@ -213,6 +232,22 @@ def make_pictures(
     if not rows or (faults and on_bad == "error"):
         return found.checked()  # raises
     return found
+
+
+def changed(root: str, names: Sequence[str]) -> UserError:
+    """The error for pictures that are not as they were listed.
+
+    Args:
+      root: the folder or data set.
+      names: those of the pictures, each with what happened to it.
+    """
+    more = f", and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return UserError(
+        f"{len(names)} pictures of {root} changed while the data were read",
+        got=", ".join(names[:_SHOWN]) + more,
+        wanted="data that can be read and stay as they are until the cache is written",
+        way_out="start again; complete shards of unchanged data are kept",
+    )
 
 
 def normal_caption(text: str) -> str:

@@ -21,7 +21,7 @@ from typing import IO, Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from ddrl_jax.data.images import THREADS, BadPicture, Pictures
+from ddrl_jax.data.images import THREADS, Pictures, UnreadPicture, changed
 from ddrl_jax.data.latents import check_card, read_card
 from ddrl_jax.data.record_table import (
     SHARD,
@@ -196,9 +196,12 @@ def _start(scratch: Path, pictures: Pictures, shard: int) -> tuple[str, ...]:
     """The unique captions; makes the folder, or keeps one of the same plan."""
     captions = pictures.captions
     row_of = {text: row for row, text in enumerate(dict.fromkeys(captions))}
+    digests = "".join(row.digest for row in pictures.rows)
     plan = {
         "texts": list(row_of),
         "record": [row_of[c] for c in captions],
+        # Another Pillow may leave out others of the same data.
+        "pictures": hashlib.sha256(digests.encode()).hexdigest()[:16],
         "shard": shard,
     }
     path = scratch / "captions.json"
@@ -252,14 +255,9 @@ def _stack(pictures: Pictures, futures: list[Future], begin: int) -> np.ndarray:
     for i, future in enumerate(futures):
         try:
             images.append(future.result()[0])
-        except (BadPicture, OSError) as e:
+        except UnreadPicture as e:
             name = pictures.rows[min(begin + i, len(pictures) - 1)].name
-            raise UserError(
-                f"the picture {name} of {pictures.root} changed while it was read",
-                got=str(e),
-                wanted="data that stay as they are while the cache is written",
-                way_out="start again; complete shards of unchanged data are kept",
-            ) from e
+            raise changed(pictures.root, [f"{name} ({e})"]) from e
     return np.stack(images)
 
 

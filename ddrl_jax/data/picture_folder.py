@@ -9,7 +9,6 @@ are no pictures.
 """
 
 import hashlib
-import json
 import os
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -19,6 +18,7 @@ from pathlib import Path
 from ddrl_jax.data.images import (
     EMPTY_CAPTION,
     NO_CAPTION,
+    NOT_UTF8,
     THREADS,
     Pictures,
     Row,
@@ -27,7 +27,7 @@ from ddrl_jax.data.images import (
 )
 from ddrl_jax.errors import UserError
 from ddrl_jax.file_tree import walk
-from ddrl_jax.text import is_text
+from ddrl_jax.text import is_text, parse_json
 
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp")
 METADATA = "metadata.jsonl"
@@ -154,7 +154,7 @@ class _Reader:
         try:
             return (self.root / name).read_text(encoding="utf-8-sig")
         except UnicodeDecodeError:
-            self.fault(UNREADABLE, f"{name} (not UTF-8)")
+            self.fault(NOT_UTF8, name)
         except OSError as e:
             self.fault(UNREADABLE, f"{name} ({e.strerror})")
         return None
@@ -190,7 +190,7 @@ class _Reader:
     def _row(self, metadata: str, where: str, line: str) -> list[tuple[str, str]]:
         """The (picture, caption) of one line, or none and a fault."""
         try:
-            row = json.loads(line)
+            row = parse_json(line)
         except ValueError as e:
             self.fault(BROKEN_LINE, f"{where} ({e})")
             return []

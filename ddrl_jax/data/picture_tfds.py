@@ -12,6 +12,7 @@ from typing import Any, cast
 from ddrl_jax.data.images import (
     EMPTY_CAPTION,
     NO_CAPTION,
+    NOT_UTF8,
     Pictures,
     Row,
     make_pictures,
@@ -20,7 +21,6 @@ from ddrl_jax.data.images import (
 from ddrl_jax.errors import UserError
 
 _CHUNK = 64  # records in memory while the captions are read
-NOT_UTF8 = "captions that are not UTF-8"
 
 
 def read_tfds(
@@ -190,4 +190,7 @@ def _texts(value: Any, names: Sequence[str] | None) -> list[str] | None:
 
 
 def _content(records: Any, index: int, image: str) -> bytes:
-    return _at(records[index], image)
+    try:
+        return _at(records[index], image)
+    except Exception as e:  # array_record raises any kind, as in `_enumerated`
+        raise OSError(f"{type(e).__name__}: {e}") from e

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple, cast
 import numpy as np
 
 from ddrl_jax.errors import UserError
+from ddrl_jax.text import parse_json
 
 FOLDER = Path(__file__).parent.parent / "assets" / "prompts"
 CHUNK = 256  # records of a data set read at once
@@ -225,7 +226,7 @@ def _asked_about(name: str) -> tuple[str, ...]:
 
 def _prompt_of(path: str, index: int, line: str) -> str:
     try:
-        prompt = json.loads(line)["prompt"]
+        prompt = parse_json(line)["prompt"]
     except (ValueError, KeyError, TypeError) as e:
         raise _bad_question_file(path, f"line {index + 1}: {line[:80]}") from e
     if not isinstance(prompt, str) or not prompt.strip():

@@ -18,6 +18,7 @@ import numpy as np
 from jaxtyping import Int
 
 from ddrl_jax.errors import UserError
+from ddrl_jax.text import parse_json
 
 SHARD = 512  # rows: 32 MB of SD latents in float16, 120 MB of CLIP texts in float32
 OPEN_MAX = 10_240  # files, where no limit is named: what macOS grants at most
@@ -181,7 +182,7 @@ def write_json(path: Path, value: Any) -> None:
 
 def read_json(path: Path) -> Any:
     """Reads a JSON file."""
-    return json.loads(path.read_text(encoding="utf-8"))
+    return parse_json(path.read_text(encoding="utf-8"))
 
 
 def _shard_path(folder: Path, name: str, number: int) -> Path:

@@ -69,6 +69,8 @@ def write_samples(
     Raises:
       UserError: the folder is already there, or the disk refuses.
     """
+    # Whoever calls, and whatever was put there while the caller's model was built: the
+    # rename at the end would take the place of an empty folder.
     refuse_existing(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     # Beside its place, so that one rename puts the finished set there. What a kill left

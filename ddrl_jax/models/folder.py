@@ -5,7 +5,6 @@ Weights are read from safetensors only: nothing here can run code from a checkpo
 
 import contextlib
 import hashlib
-import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from ddrl_jax.errors import UserError
+from ddrl_jax.text import parse_json
 
 STEMS = ("diffusion_pytorch_model", "model")  # of diffusers and of transformers
 FOREIGN = ("*.bin", "*.ckpt", "*.pt", "*.pth", "*.msgpack", "*.h5")  # other formats
@@ -34,7 +34,7 @@ def read_json(path: Path) -> dict[str, Any]:
       UserError: no such file, or not a JSON object.
     """
     try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
+        content = parse_json(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError) as e:
         missing = not Path(path).is_file()
         raise UserError(
@@ -53,12 +53,15 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def weight_files(folder: Path, variant: str | None = None) -> list[Path]:
+def weight_files(
+    folder: Path, variant: str | None = None, judge: bool = False
+) -> list[Path]:
     """The safetensors files that hold the weights of a component, sorted.
 
     Args:
       folder: of the component.
       variant: None or "" for the plain files, else for example "fp16".
+      judge: it is a model of a reward, for messages: no key chooses its variant.
 
     Raises:
       UserError: no folder, no such files, only files of other formats, a missing shard.
@@ -72,7 +75,7 @@ def weight_files(folder: Path, variant: str | None = None) -> list[Path]:
             way_out="download the whole model again",
         )
     if not (found := find_weights(folder, variant)):
-        raise _no_weights(folder, variant)
+        raise _no_weights(folder, variant, judge)
     return found
 
 
@@ -115,12 +118,19 @@ def _shards(index: Path) -> list[Path]:
     return files
 
 
-def _no_weights(folder: Path, variant: str | None) -> UserError:
+def weight_names(variant: str | None, judge: bool) -> str:
+    """What the weight file may be called, in words; arguments as `weight_files`."""
+    stems = STEMS[1:] if judge else STEMS  # transformers wrote it, not diffusers
+    return " or ".join(f"{stem}{end_of(variant)}.safetensors" for stem in stems)
+
+
+def _no_weights(folder: Path, variant: str | None, judge: bool) -> UserError:
     others = sorted(file.name for file in folder.glob("*.safetensors"))
     foreign = sorted(file.name for kind in FOREIGN for file in folder.glob(kind))
-    wanted = " or ".join(f"{stem}{end_of(variant)}.safetensors" for stem in STEMS)
     way_out = f"download them; where the repository has other formats only: {CONVERT}"
-    if others:
+    if others and judge:
+        way_out = f"put {weight_names(variant, judge)} of the model beside them"
+    elif others:
         way_out = "choose another variant (config.model.variant)"
     elif foreign:
         way_out = CONVERT
@@ -128,17 +138,20 @@ def _no_weights(folder: Path, variant: str | None) -> UserError:
         f"{folder} has no safetensors weights"
         + (f" of the variant {variant!r}" if variant else ""),
         got=", ".join((others or foreign)[:10]) or "no weights at all",
-        wanted=wanted,
+        wanted=weight_names(variant, judge),
         way_out=way_out,
     )
 
 
-def read_tensors(folder: Path, variant: str | None = None) -> dict[str, np.ndarray]:
+def read_tensors(
+    folder: Path, variant: str | None = None, judge: bool = False
+) -> dict[str, np.ndarray]:
     """The weights of a component, floats widened to float32.
 
     Args:
       folder: of the component; one file, or shards with an index.
       variant: None or "" for the plain files, else for example "fp16".
+      judge: see `weight_files`.
 
     Returns:
       torch name -> array.
@@ -147,7 +160,7 @@ def read_tensors(folder: Path, variant: str | None = None) -> dict[str, np.ndarr
       UserError: files that are missing, torn or in other formats, or hold NaN.
     """
     tensors: dict[str, np.ndarray] = {}
-    for file in weight_files(folder, variant):
+    for file in weight_files(folder, variant, judge):
         tensors.update(_read_file(file, lambda c, name: _widen(c.get_tensor(name))))
     # A network of them draws black pictures, which a judge would score like any others.
     if broken := sorted(n for n, t in tensors.items() if not np.isfinite(t).all()):

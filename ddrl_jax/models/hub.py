@@ -8,7 +8,14 @@ from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
 from ddrl_jax.errors import UserError
-from ddrl_jax.models.folder import CONVERT, FOREIGN, STEMS, end_of, find_weights
+from ddrl_jax.models.folder import (
+    CONVERT,
+    FOREIGN,
+    STEMS,
+    end_of,
+    find_weights,
+    weight_names,
+)
 
 REPO_ID = re.compile(r"[A-Za-z0-9_][\w.-]*(/[A-Za-z0-9_][\w.-]*)?")
 PLACE = re.compile(rf"({REPO_ID.pattern}):([\w][\w./+-]*)")  # owner/name:file
@@ -48,18 +55,12 @@ def resolve(
     if path.is_dir():
         return path
     if path.is_file():
-        raise UserError(
-            f"the model {path_or_repo_id} is a single file",
-            got="a file",
-            wanted="a folder in the diffusers layout: model_index.json, unet/, ...",
-            way_out="convert it once where torch is installed: StableDiffusionPipeline"
-            f".from_single_file({str(path)!r}).save_pretrained('FOLDER')",
-        )
+        raise _single_file(path, key)
     if not REPO_ID.fullmatch(path_or_repo_id):
         raise UserError(
             f"there is no folder {path_or_repo_id}",
             got="no such folder, and no repository id either",
-            wanted="a folder in the diffusers layout, or 'owner/name' on the hub",
+            wanted=f"{_layout(key)}, or 'owner/name' on the hub",
             way_out="correct the path, or first try the program with the :smoke "
             "variant of the config, which needs no weights",
         )
@@ -100,6 +101,31 @@ def resolve_file(path_or_place: str, key: str = "") -> Path:
         return hf_hub_download(repo_id, file)
 
     return Path(_asked(wanted, download))
+
+
+def _of_a_judge(key: str) -> bool:
+    """Whether a key names a CLIP, not a pipeline, and none beside it a variant."""
+    return key.startswith("rewards.")
+
+
+def _layout(key: str) -> str:
+    """The kind of folder that a key of the configuration names."""
+    if _of_a_judge(key):
+        return "a folder of a CLIP: config.json, model.safetensors, tokenizer.json, ..."
+    return "a folder in the diffusers layout: model_index.json, unet/, ..."
+
+
+def _single_file(path: Path, key: str) -> UserError:
+    convert = "convert it once where torch is installed: StableDiffusionPipeline"
+    convert += f".from_single_file({str(path)!r}).save_pretrained('FOLDER')"
+    beside = "name the folder that holds it together with its other files, as"
+    beside += f" transformers saves them: --config.{key}=FOLDER"
+    return UserError(
+        f"the model {path} is a single file",
+        got="a file",
+        wanted=_layout(key),
+        way_out=beside if _of_a_judge(key) else convert,
+    )
 
 
 class _Wanted(NamedTuple):
@@ -202,13 +228,13 @@ def _other_weights(
     others = sorted(set.intersection(*kinds) - {None, variant})
     choose = f"choose the variant {' or '.join(map(repr, others))}"
     choose += " (config.model.variant)"
-    judge = key.startswith("rewards.")  # has no key for it
+    judge = _of_a_judge(key)
     return UserError(
         f"{repository[0]} (revision {repository[1]}) has no safetensors weights"
         + (f" of the variant {variant!r}" if variant else "")
         + f" of {', '.join(parts)}".replace(f" of {ROOT}", ""),
         got=", ".join(found[:10]) or "no weights at all",
-        wanted=" or ".join(f"{stem}{end_of(variant)}.safetensors" for stem in STEMS),
+        wanted=weight_names(variant, judge),
         way_out=choose if others and not judge else convert,
     )
 

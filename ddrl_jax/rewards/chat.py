@@ -11,6 +11,7 @@ from PIL import Image
 
 from ddrl_jax.errors import UserError
 from ddrl_jax.rewards.endpoint import Endpoint
+from ddrl_jax.text import parse_json
 
 JPEG_QUALITY = 80  # as in DDPO
 LARGEST_BODY = 1 << 20  # bytes of an answer; 64 tokens need far less
@@ -64,8 +65,8 @@ def answer_of(body: bytes) -> str:
         the text is empty.
     """
     try:
-        found = json.loads(body)
-    except (ValueError, RecursionError) as e:
+        found = parse_json(body)
+    except ValueError as e:
         raise Failure("not_json", repr(body[:SHOWN])) from e
     try:
         text = found["choices"][0]["message"]["content"]

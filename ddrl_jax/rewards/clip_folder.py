@@ -148,7 +148,7 @@ def load_clip(
     found = read_json(folder / "config.json")
     config = ClipConfig.from_json(found)
     sources = resolve(processing, key=keys[1]) if processing else folder
-    params = to_jax("clip", read_tensors(folder), found)
+    params = to_jax("clip", read_tensors(folder, judge=True), found)
     tokenize = clip_tokenize(sources, config.text) if text else None
     return make_judge(config, params, read_processor(sources), tokenize, pictures)
 

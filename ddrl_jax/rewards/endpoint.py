@@ -1,12 +1,12 @@
 """Where a vision-language model is served, and how patient a client is with it."""
 
-import json
 import os
 import urllib.parse
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from ddrl_jax.errors import UserError
+from ddrl_jax.text import parse_json
 
 PATH = "/chat/completions"
 
@@ -68,7 +68,7 @@ def endpoint_of(config: Any, seconds: float) -> Endpoint:
 
 def _extra_fields(text: str) -> dict[str, Any]:
     try:
-        found = json.loads(text or "{}")
+        found = parse_json(text or "{}")
     except ValueError:
         found = None
     if isinstance(found, dict):

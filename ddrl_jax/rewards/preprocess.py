@@ -6,6 +6,7 @@ integer arithmetic, so this file gives the same bytes on every device and not ju
 nearly the same picture.
 """
 
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -36,8 +37,12 @@ SILENT = {
     "return_tensors",
     "auto_map",
 }
-HONOURED = {"do_resize", "size", "resample", "do_center_crop", "crop_size"}
-HONOURED |= {"do_rescale", "rescale_factor", "do_normalize", "image_mean", "image_std"}
+STEPS = ("resize", "center_crop", "rescale", "normalize")  # each with a key do_...
+HONOURED = {f"do_{step}" for step in STEPS}
+HONOURED |= {"size", "resample", "crop_size", "rescale_factor"}
+HONOURED |= {"image_mean", "image_std"}
+LARGEST = 4096  # pixels of a side, several times what any CLIP looks at
+SHOWN = 80  # characters of a setting in a message
 
 
 def bicubic(x: Float[np.ndarray, "*n"]) -> Float[np.ndarray, "*n"]:
@@ -222,15 +227,20 @@ class Processor(NamedTuple):
         if asked := {k: v for k, v in rest.items() if v and k not in HONOURED}:
             raise _refusal(name, asked)
         fields: dict[str, Any] = {"shortest": None, "crop": None}
-        if rest.get("do_resize", True):
-            if int(rest.get("resample", BICUBIC)) != BICUBIC:
+        does = {step: rest.get(f"do_{step}", True) for step in STEPS}
+        if odd := {f"do_{k}": v for k, v in does.items() if not isinstance(v, bool)}:
+            raise _refusal(name, odd)
+        if does["resize"]:
+            if rest.get("resample", BICUBIC) != BICUBIC:
                 raise _refusal(name, {"resample": rest["resample"]})
             fields |= _resize_fields(name, rest.get("size", 224))
-        if rest.get("do_center_crop", True):
+        if does["center_crop"]:
             fields["crop"] = _sides(name, "crop_size", rest.get("crop_size", 224))
         factor = rest.get("rescale_factor", 1.0 / 255.0)
-        fields["factor"] = float(factor) if rest.get("do_rescale", True) else 1.0
-        normal = rest.get("do_normalize", True)
+        if does["rescale"] and not (_is_number(factor) and factor > 0):
+            raise _refusal(name, {"rescale_factor": factor})
+        fields["factor"] = float(factor) if does["rescale"] else 1.0
+        normal = does["normalize"]
         mean, std = rest.get("image_mean", MEAN), rest.get("image_std", STD)
         fields["mean"] = _channels(name, "image_mean", mean) if normal else (0.0,) * 3
         fields["std"] = _channels(name, "image_std", std) if normal else (1.0,) * 3
@@ -265,7 +275,7 @@ def _sides(name: str, key: str, size: Any) -> tuple[int, int]:
         sides = (size["height"], size["width"])
     else:
         sides = (size, size)
-    if not all(isinstance(side, int) and side > 0 for side in sides):
+    if not all(type(side) is int and 0 < side <= LARGEST for side in sides):
         raise _refusal(name, {key: size})
     return sides
 
@@ -273,18 +283,26 @@ def _sides(name: str, key: str, size: Any) -> tuple[int, int]:
 def _channels(name: str, key: str, value: Any) -> tuple[float, ...]:
     value = [value] * 3 if isinstance(value, int | float) else value
     good = isinstance(value, Sequence) and len(value) == 3
-    if not good or not all(isinstance(v, int | float) for v in value):
+    if not good or not all(map(_is_number, value)):
         raise _refusal(name, {key: value})
     if key == "image_std" and not all(v > 0 for v in value):
         raise _refusal(name, {key: value})
     return tuple(float(v) for v in value)
 
 
+def _is_number(value: object) -> bool:
+    """Whether it is a number of JSON that a float can hold; true is none."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    return abs(value) <= sys.float_info.max
+
+
 def _refusal(name: str, asked: Mapping[str, Any]) -> UserError:
     return UserError(
         f"the picture processing that {name} asks for is not available",
-        got=", ".join(f"{key}={value!r}" for key, value in asked.items()),
-        wanted="bicubic resizing (resample 3) to a shortest_edge or to height and"
-        " width, a centre crop, one factor, mean and std of three channels",
+        got=", ".join(f"{key}={value!r}"[:SHOWN] for key, value in asked.items()),
+        wanted="do_... true or false, bicubic resizing (resample 3) to a shortest_edge"
+        f" or to height and width, a centre crop, sides of 1 to {LARGEST}, one factor"
+        " above 0, mean and std (above 0) of three channels",
         way_out="name a CLIP checkpoint with the usual preprocessor_config.json",
     )

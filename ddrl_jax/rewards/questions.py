@@ -6,7 +6,6 @@ whose answer contains the expected word. A question file holds one JSON object a
 the word there may be a list of words, of which one is enough.
 """
 
-import json
 import re
 import unicodedata
 from collections.abc import Mapping, Sequence
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ddrl_jax.errors import UserError
+from ddrl_jax.text import parse_json
 
 FOLDER = Path(__file__).parent.parent / "assets" / "prompts"
 SHOWN = 5  # prompts in a message
@@ -109,7 +109,7 @@ def folded(text: str) -> str:
 def _parse(line: str) -> tuple[str, tuple[Question, ...]] | None:
     """Returns the prompt and questions of a line, or None if it is malformed."""
     try:
-        row = json.loads(line)
+        row = parse_json(line)
         prompt, pairs = " ".join(row["prompt"].split()), row["questions"]
         questions = tuple(_question(pair) for pair in pairs)
     except (ValueError, KeyError, TypeError, AttributeError):

@@ -7,7 +7,6 @@ by its kind. No answer is ever made up.
 """
 
 import http.client
-import json
 import queue
 import random
 import threading
@@ -33,6 +32,7 @@ from ddrl_jax.rewards.chat import (
 )
 from ddrl_jax.rewards.endpoint import Endpoint, api_key, chat_url, checked_endpoint
 from ddrl_jax.rewards.timed_http import asked_wait, timed_opener
+from ddrl_jax.text import parse_json
 
 BLANK = 224  # pixels a side of the picture of the start-up check
 LONGEST_WAIT = 30.0  # seconds between two tries, unless the server asks for more
@@ -304,7 +304,7 @@ class VlmClient:
         url = chat_url(self.endpoint.base_url).removesuffix("chat/completions")
         try:
             request = self._request(url + "models", None)
-            rows = json.loads(self._fetch(request, self.endpoint.timeout))["data"]
+            rows = parse_json(self._fetch(request, self.endpoint.timeout))["data"]
             return [str(row["id"]) for row in rows][:10]
         except (Failure, UserError, ValueError, KeyError, TypeError):
             return []

@@ -1,5 +1,6 @@
 """What becomes of the bytes of a picture, against NumPy; bad bytes are bad pictures."""
 
+import hashlib
 import struct
 import zlib
 
@@ -8,7 +9,13 @@ import pytest
 from drawn_pictures import drawing, encoded
 from PIL import Image
 
-from ddrl_jax.data.images import BadPicture, Row, decode_picture, make_pictures
+from ddrl_jax.data.images import (
+    BadPicture,
+    Row,
+    UnreadPicture,
+    decode_picture,
+    make_pictures,
+)
 from ddrl_jax.errors import UserError
 
 SQUARE = drawing(3, 16, 16)
@@ -187,7 +194,7 @@ def test_bytes_that_are_no_usable_picture_say_why(content, reason):
 
 def rows(*contents: bytes) -> list[Row]:
     return [
-        Row(f"{i}.png", f"caption {i}", lambda c=c: c, str(hash(c)))
+        Row(f"{i}.png", f"caption {i}", lambda c=c: c, hashlib.sha256(c).hexdigest())
         for i, c in enumerate(contents)
     ]
 
@@ -218,6 +225,27 @@ def test_skipped_pictures_are_counted_and_told(capsys):
     assert pictures.skipped == {"pictures that can not be decoded": 8}
     told = capsys.readouterr().err
     assert "8 pictures that can not be decoded: 1.png" in told and "3 more" in told
+
+
+def refuse() -> bytes:
+    raise OSError(5, "Input/output error")
+
+
+@pytest.mark.parametrize("on_bad", ["error", "skip"])
+@pytest.mark.parametrize("read,why", [
+    (refuse, "Input/output error"), (lambda: encoded(SQUARE[::-1]), "it was replaced"),
+    (lambda: b"", "it was replaced"),
+])  # fmt: skip
+def test_a_picture_that_is_not_as_it_was_listed_is_never_skipped(on_bad, read, why):
+    one, two = rows(encoded(SQUARE), encoded(SQUARE))
+    pictures = make_pictures(
+        "here", [one, two._replace(read=read)], {}, 8, "bicubic", on_bad
+    )
+    with pytest.raises(UserError, match="1 pictures of here changed while") as e:
+        pictures.checked()
+    assert e.value.got == f"1.png ({why})"
+    with pytest.raises(UnreadPicture, match=why):
+        pictures[1]
 
 
 def test_nothing_usable_is_an_error_even_where_bad_ones_are_skipped():

@@ -137,13 +137,14 @@ def copy(folder, tmp_path):
     "latents-00001.array_record", "texts-00000.array_record", "latents.json",
     "captions.json",
 ])  # fmt: skip
-@pytest.mark.parametrize("how", ["missing", "cut", "empty"])
+@pytest.mark.parametrize("how", ["missing", "cut", "empty", "nested"])
 def test_a_file_that_is_missing_or_cut_off_is_found_at_the_start(copy, name, how):
     path = copy / name
     content = path.read_bytes()
     path.unlink()
     if how != "missing":
-        path.write_bytes(content[: len(content) // 2] if how == "cut" else b"")
+        cut, nested = content[: len(content) // 2], b"[" * 100_000
+        path.write_bytes({"cut": cut, "empty": b"", "nested": nested}[how])
     with pytest.raises(UserError, match="is damaged") as e:
         latent_source(copy)
     assert "delete this folder" in e.value.way_out

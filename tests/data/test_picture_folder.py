@@ -100,6 +100,10 @@ def broken_line(root):
     write_jsonl(root / "metadata.jsonl", "", '{"file_name": "000.png", "te')
 
 
+def deep_line(root):
+    write_jsonl(root / "metadata.jsonl", '{"file_name": ' + "[" * 100_000)
+
+
 def row_without_a_name(root):
     write_jsonl(root / "metadata.jsonl", {"text": "of what?"}, ["list"])
 
@@ -150,13 +154,14 @@ def dangling_link(root):
 BAD = {
     remove_caption: ("1 pictures without a caption: 001.jpg", {"001.jpg"}),
     empty_caption: ("1 empty captions: 001.jpg", {"001.jpg"}),
-    latin_caption: ("can not be read: 001.txt (not UTF-8)", {"001.jpg"}),
+    latin_caption: ("captions that are not UTF-8: 001.txt", {"001.jpg"}),
     truncated: ("can not be decoded: 001.jpg (OSError", {"001.jpg"}),
     no_picture_at_all: ("can not be decoded: 001.jpg (not a PNG", {"001.jpg"}),
     orphan_text: ("1 captions without a picture: lost.txt", set()),
     orphan_row: ("captions without a picture: metadata.jsonl:1 (lost.png)", set()),
     outside: ("without a picture: metadata.jsonl:1 (../outside.png)", set()),
     broken_line: ("1 broken lines of metadata.jsonl: metadata.jsonl:2 (", set()),
+    deep_line: ("1 broken lines of metadata.jsonl: metadata.jsonl:1 (nested", set()),
     row_without_a_name: ('metadata.jsonl:1 (no "file_name"), metadata.jsonl:2', set()),
     caption_is_a_number: ("metadata.jsonl:1 (the caption is no text)", {"001.jpg"}),
     caption_is_half_an_emoji: ("metadata.jsonl:1 (the caption is not U", {"001.jpg"}),

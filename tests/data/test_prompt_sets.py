@@ -208,7 +208,16 @@ def test_a_question_file_may_begin_with_a_mark_and_have_any_character(tmp_path):
     assert questions_of(read_questions(str(path)), ["a cat"])[0][0].text == "What?"
 
 
-@pytest.mark.parametrize("text", ["", "two cats", '{"text": "a"}', '{"prompt": 3}'])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "two cats",
+        '{"text": "a"}',
+        '{"prompt": 3}',
+        pytest.param("[" * 10**5, id="nested"),
+    ],
+)
 def test_a_question_file_without_prompts(tmp_path, text):
     path = tmp_path / "q.jsonl"
     path.write_text(text)

@@ -1,15 +1,20 @@
 """The tokenizer of CLIP under the threads of judges and encoders."""
 
+import shutil
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
+import pytest
 
+from ddrl_jax.errors import UserError
 from ddrl_jax.models import clip_tokenizer
 from ddrl_jax.models.clip_config import ClipTextConfig
 
 THREADS, CALLS = 4, 3
+TINY = Path(clip_tokenizer.__file__).parents[1] / "assets" / "tiny_clip"
 
 
 class Slow:
@@ -52,3 +57,12 @@ def test_one_tokenizer_is_one_threads_at_a_time(tmp_path, monkeypatch):
         assert slow.seen[first : first + 4] == [(who, *step) for step in steps]
     for prompt, ids in enumerate(found):
         np.testing.assert_array_equal(ids, np.full((CALLS, 1, 4), prompt))
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
+@pytest.mark.parametrize("content", ["{", "[]", "[" * 10**5], ids=len)
+def test_a_damaged_file_is_one_error_that_names_the_folder(tmp_path, name, content):
+    folder = shutil.copytree(TINY, tmp_path / "clip")
+    (folder / name).write_text(content)
+    with pytest.raises(UserError, match="the tokenizer in .*clip can not be used"):
+        clip_tokenizer.clip_tokenize(folder, ClipTextConfig())

@@ -1,6 +1,7 @@
 """Reading and writing model folders; everything that can be wrong has one message."""
 
 import json
+from functools import partial
 
 import ml_dtypes
 import numpy as np
@@ -86,6 +87,14 @@ def test_variants_lie_beside_each_other(unet):
     assert "'non_ema'" in message and "fp16.safetensors" in message
 
 
+def test_a_judge_has_no_key_for_a_variant(unet):
+    save_file({"a": A}, unet / "model.fp16.safetensors")
+    assert "config.model.variant" in refusal(read_tensors, unet)
+    message = refusal(partial(read_tensors, judge=True), unet)
+    assert "got:     model.fp16.safetensors\n  wanted:  model.safetensors\n" in message
+    assert "variant" not in message and "put model.safetensors" in message
+
+
 def test_a_missing_shard_is_named(unet):
     files, _ = shard(unet)
     files[1].unlink()
@@ -101,7 +110,8 @@ def test_a_tensor_that_no_shard_holds_is_named(unet):
 
 @pytest.mark.parametrize(
     "content",
-    ["{", "[1]", '{"weight_map": 3}', "{}", '{"weight_map": {"a": ["a.safetensors"]}}'],
+    ["{", "[1]", '{"weight_map": 3}', "{}", '{"weight_map": {"a": ["a.safetensors"]}}']
+    + [pytest.param('{"a": ' * 100_000, id="nested")],
 )
 def test_a_damaged_index_is_refused(unet, content):
     _, index = shard(unet)
@@ -143,7 +153,10 @@ def test_an_empty_or_absent_component_is_named(unet, tmp_path):
     assert "no folder vae" in refusal(read_tensors, tmp_path / "vae")
 
 
-@pytest.mark.parametrize("content", [None, "", "{", "[]", b"\xff\xfe"])
+@pytest.mark.parametrize(
+    "content",
+    [None, "", "{", "[]", b"\xff\xfe", pytest.param("[" * 10**5, id="nested")],
+)
 def test_json_that_is_no_object_is_refused(tmp_path, content):
     path = tmp_path / "config.json"
     if content is not None:

@@ -86,6 +86,19 @@ def test_a_single_file_checkpoint_is_explained(tmp_path):
     file = tmp_path / "v1-5-pruned.safetensors"
     save_file({"a": np.ones(2)}, file)
     assert "from_single_file" in refusal(resolve, str(file))
+    assert "from_single_file" in refusal(resolve, str(file), key="model.init")
+
+
+@pytest.mark.parametrize("key", ["rewards.clip", "rewards.clip_h", "rewards.pickscore"])
+def test_a_judge_is_no_pipeline_of_diffusers(tmp_path, key):
+    file = tmp_path / "model.safetensors"
+    save_file({"a": np.ones(2)}, file)
+    for path in (str(file), "/no/such/folder"):
+        message = refusal(resolve, path, parts=(ROOT,), key=key)
+        assert "config.json, model.safetensors, tokenizer.json" in message
+        for foreign in ("diffusers", "from_single_file", "StableDiffusion", "unet"):
+            assert foreign not in message
+    assert f"--config.{key}=FOLDER" in refusal(resolve, str(file), key=key)
 
 
 @pytest.mark.parametrize(("variant", "weights"), [("", PLAIN), ("fp16", FP16)])
@@ -245,6 +258,7 @@ def test_a_judge_has_no_key_for_a_variant(repository):
     message = refusal(resolve, "owner/name", parts=(ROOT,), key="rewards.clip")
     assert "model.fp16.safetensors, pytorch_model.bin" in message
     assert "variant" not in message and "--config.rewards.clip=FOLDER" in message
+    assert "wanted:  model.safetensors\n" in message
 
 
 def test_what_the_cache_has_of_a_model_is_not_all_there_is(repository, monkeypatch):

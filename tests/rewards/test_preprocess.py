@@ -10,7 +10,13 @@ import pytest
 from PIL import Image
 
 from ddrl_jax.errors import UserError
-from ddrl_jax.rewards.preprocess import Processor, crop, resize, resize_weights
+from ddrl_jax.rewards.preprocess import (
+    STEPS,
+    Processor,
+    crop,
+    resize,
+    resize_weights,
+)
 
 ORIGINAL = {  # what repositories of 2021 hold
     "crop_size": 224,
@@ -23,6 +29,9 @@ ORIGINAL = {  # what repositories of 2021 hold
     "resample": 3,
     "size": 224,
 }
+
+
+HUGE = 10**400  # which JSON can hold, and no float
 
 
 def pictures(height, width, count=2):
@@ -163,11 +172,34 @@ def test_the_oldest_files_mean_the_default():
         {"image_std": [0.0, 1.0, 1.0]},
         {"do_pad": True},
         {"do_flip_channel_order": True},
+        {"resample": "bicubic"},
+        {"resample": [3]},
+        {"resample": float("inf")},
+        {"size": True},
+        {"size": [224]},
+        {"size": HUGE},
+        {"crop_size": {"height": 224, "width": 224.0}},
+        {"crop_size": HUGE},
+        *({f"do_{step}": ["yes"]} for step in STEPS),
+        *({f"do_{step}": 1} for step in STEPS),
+        {"rescale_factor": "1/255"},
+        {"rescale_factor": HUGE},
+        {"rescale_factor": float("nan")},
+        {"rescale_factor": 0},
+        {"image_mean": HUGE},
+        {"image_mean": [0.5, 0.5, HUGE]},
+        {"image_mean": [0.5, 0.5, float("nan")]},
+        {"image_mean": [0.5, 0.5, "0.5"]},
+        {"image_std": [True, 1.0, 1.0]},
+        {"image_std": {"r": 1.0}},
     ],
+    ids=lambda config: ascii(config)[:40],
 )
 def test_what_is_not_done_here_is_refused_by_name(config):
-    with pytest.raises(UserError, match=next(iter(config))):
+    with pytest.raises(UserError) as error:
         Processor.from_json(ORIGINAL | config, "preprocessor_config.json")
+    assert error.value.got.startswith(next(iter(config)) + "=")
+    assert len(error.value.got) < 100
 
 
 def test_longest_side_with_black_borders():
