@@ -25,11 +25,8 @@ _FREE += ("policy.ratio_tolerance", "train.microbatch")
 _ABSENT = "(no such key)"
 _TABLE = "rewards.weights."  # whose keys are set, all at once, in any version
 # Keys that a run of an earlier version does not have, and what it did.
-_MEANT = {
-    "optimizer.name": "adamw",
-    "model.matmul_precision": "default",
-    "sampler.window": [],
-}
+_MEANT = {"optimizer.name": "adamw", "model.matmul_precision": "default"}
+_MEANT |= {"sampler.window": []}
 
 
 class Workdir:
