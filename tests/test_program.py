@@ -84,7 +84,7 @@ def test_no_two_draws_share_a_key(program):
 def test_no_two_passes_draw_the_same_records(program):
     """Each of an epoch draws data anew, and not those of a pass of the next epoch."""
     config = program.config.copy_and_resolve_references()
-    config.train.inner_epochs = 2
+    config.train.update(inner_epochs=2, minibatches=1)  # in their order in all passes
     twice = program._replace(config=config)
     prompts = draw_prompts(program.prompts, 0, 0, 2, 32)  # the same ones in all passes
     passes = [(epoch, inner) for epoch in range(3) for inner in range(2)]
