@@ -9,12 +9,11 @@ arms here it has the flow's SDE and group advantages (configs/ddpo_is.py: DDPO w
 and a tracker). kl_* adds the exact KL of a step to the starting policy, ddrl_* the
 diffusion loss on captioned emoji, control takes that loss alone for as many updates and
 asks for no reward. Kernel, trained steps, prompts, noise, optimizer and evaluation are
-the same for all, and with the same seed the control sees the emoji of the ddrl arms in
-the same order.
+the same for all, but that ddpo is evaluated oftener; and with the same seed the control
+sees the emoji of the ddrl arms in the same order.
 
 Numbers and hours are in benchmarks/results/reward_hacking.md; how the trained steps,
-the evaluation and the data weights were chosen (on seeds 0 to 2; the study has 3 to 5),
-in benchmarks/results/hacking_trials.md.
+the evaluation and the data weights were chosen, in hacking_trials.md beside it.
 "ARM-smoke" is an arm in seconds. Without a variant the arm is ddrl_low.
 """
 
@@ -28,7 +27,8 @@ ARMS = {
     "ddpo": (1.0, 0.0, 0.0),
     "kl_low": (1.0, 0.01, 0.0),
     "kl_high": (1.0, 0.1, 0.0),
-    "ddrl_low": (1.0, 0.0, 0.0135),
+    "ddrl_low": (1.0, 0.0, 0.0125),
+    "ddrl_mid": (1.0, 0.0, 0.015),
     "ddrl_high": (1.0, 0.0, 0.02),
     # AdamW divides by the size of the gradient, so the weight of an only term is free
     "control": (0.0, 0.0, 0.01),
@@ -45,25 +45,27 @@ def get_config(variant: str = "") -> ConfigDict:
     c.policy.update(weight=policy, kl_weight=kl)
     c.data_term.weight = data
 
-    # From here on the same for all arms. The unanchored one collapses at epoch 16 of
-    # seed 3: 56 are three and a half times the calls that collapse it.
-    c.train.epochs = 56
+    # From here on the same for all arms. The unanchored one has collapsed by epoch 14:
+    # 63 are four and a half times the calls that collapse it.
+    c.train.epochs = 63
     c.prompts.update(limit=64, per_epoch=8, group_size=8)
     c.sampler.update(kernel="flow_grpo", steps=10, noise_level=0.7)
-    # Noise where it is decided what is drawn and how large. With noise to the end a
-    # third of a picture's size is grain, which every arm learns to remove first; so the
-    # later steps are those of the ODE, and the reward is that of clean pictures.
-    c.sampler.update(window=(0, 4), guidance_scale=1.0)
+    c.sampler.update(last_step="deterministic", guidance_scale=1.0)
     c.advantages.update(kind="group", std="group")
     # of log-probs that are means over 3,072 pixels
     c.policy.update(term="clipped", clip_range=3e-3)
+    # where it is decided what is drawn and how large. Later steps teach a policy above
+    # all to remove the grain of the SDE, a third of the size, and hacking is hidden
+    c.policy.train_on = (0, 1, 2)
     c.train.update(minibatches=2, microbatch=16)
     c.optimizer.update(lr=4e-4, warmup=10, schedule="cosine", ema_decay=0.95)
-    # Every prompt twice, so that the diversity within a prompt can be measured. Often,
-    # as the unanchored arm falls off a cliff
-    c.evaluate.update(every=2, samples=128, data_samples=64, pictures=16)
+    # Every prompt twice, so that the diversity within a prompt can be measured. DDPO at
+    # every epoch: others are held against it at their sizes, and it falls off a cliff,
+    # on which a straight line over seven epochs is up to 1.4 times too low.
+    every = 1 if arm == "ddpo" else 7
+    c.evaluate.update(every=every, samples=128, data_samples=64, pictures=16)
     c.checkpoint.every = 5
-    c.evaluate.solver = "euler"
+    c.evaluate.solver = "euler"  # without the SDE's grain, in as many steps
     c = shrink(c, size)
     if size:
         c.evaluate.samples = 2 * c.prompts.limit

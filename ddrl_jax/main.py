@@ -12,6 +12,7 @@ import tempfile
 import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
 
 from ml_collections import ConfigDict
 
@@ -144,7 +145,7 @@ def _enable_compilation_cache() -> None:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 
 
-def _precision(config: ConfigDict) -> AbstractContextManager:
+def _precision(config: Any) -> AbstractContextManager:
     """How exactly an accelerator multiplies in a float32 network.
 
     Around the whole mode, as backward passes are traced outside of the network. A
