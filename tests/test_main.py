@@ -2,14 +2,12 @@
 
 import errno
 import os
-import re
 import subprocess
 import sys
 import types
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import pytest
 
 from ddrl_jax.command_line import MODES, parse
@@ -17,7 +15,6 @@ from ddrl_jax.config_file import PATHS, load_config
 from ddrl_jax.config_rules import flatten
 from ddrl_jax.errors import UserError
 from ddrl_jax.main import run
-from ddrl_jax.models.convolution import convolve
 
 ROOT = Path(__file__).resolve().parents[1]
 SMOKE = f"--config={ROOT}/configs/quickstart.py:smoke"
@@ -309,40 +306,6 @@ def test_a_cache_that_can_not_be_written_stops_nothing(
         assert cache_folder(stand_in) is None
         assert "not kept" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
-
-
-# ---- how exactly products are computed
-
-
-def precisions() -> set[str]:
-    """Of every product of a layer, a convolution and their gradients, as lowered."""
-
-    def loss(kernel, x):
-        y = convolve(x, kernel)
-        return jnp.sum(y @ jnp.swapaxes(y, -1, -2))
-
-    shapes = jnp.ones((3, 3, 4, 4)), jnp.ones((2, 8, 8, 4))
-    lowered = jax.jit(jax.grad(loss, argnums=(0, 1))).lower(*shapes).as_text()
-    found = re.findall(r"precision(?:_config)? = \[(.*?)\]", lowered)
-    assert len(found) >= 5  # two forward, and those of the gradients
-    return {re.sub("#stablehlo<precision |>", "", pair) for pair in found}
-
-
-@pytest.mark.parametrize(
-    "keys, wanted",
-    [
-        ([], "HIGHEST, HIGHEST"),
-        (["--config.model.matmul_precision=high"], "HIGH, HIGH"),
-        (["--config.model.matmul_precision=default"], "DEFAULT, DEFAULT"),
-        (["--config.model.dtype=bfloat16"], "DEFAULT, DEFAULT"),
-    ],
-)
-def test_float32_networks_multiply_in_float32_unless_told(keys, wanted, stand_in):
-    found = []
-    stand_in("train", lambda *_: found.append(precisions()))
-    assert run(["main", SMOKE, "--workdir=w", *keys]) == 0
-    assert found == [{wanted}]
-    assert precisions() == {"DEFAULT, DEFAULT"}  # of one command only
 
 
 # ---- as a program

@@ -67,6 +67,6 @@ def test_each_prompt_has_a_row_in_memory_and_what_is_not_here_is_told(tmp_path):
 
 def test_more_prompts_than_a_device_holds_are_refused_as_in_training(monkeypatch):
     monkeypatch.setattr("ddrl_jax.data.prompts.TEXT_BYTES", 50)
-    config = configured(TINY | {"mesh.data": 1})
+    config = configured(TINY | {"mesh.data": 1, "evaluate.pictures": 0})
     with pytest.raises(UserError, match="all prompts do not fit on a device"):
         plan_mode(config, {"devices": "1", "chip": "H100"})

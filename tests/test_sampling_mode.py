@@ -1,63 +1,22 @@
-"""--mode=sample, export and evaluate: a run as data, as weights, and judged again."""
+"""--mode=sample, and evaluate: a run as data, and judged again."""
 
 import json
 import shutil
 
-import jax
 import numpy as np
 import pytest
-from edited_config import configured
-from tiny_runs import TINY, WORDS, perturbed, perturbed_state
+from sampled_runs import no_build, save_epoch, settings
+from tiny_runs import WORDS
 
 from ddrl_jax import evaluate, sample
 from ddrl_jax.check_config import check_config
-from ddrl_jax.checkpoint import Checkpoints
 from ddrl_jax.data.emoji import read_emoji
 from ddrl_jax.errors import UserError
 from ddrl_jax.export import export_mode
 from ddrl_jax.lock import Lock
-from ddrl_jax.models.emoji import emoji_pipeline, read_params
-from ddrl_jax.objectives.advantages import PerPromptTracker
 from ddrl_jax.program import build
-from ddrl_jax.resume import save
 from ddrl_jax.sample import sample_mode
 from ddrl_jax.sources import without_data
-from ddrl_jax.workdir import open_workdir
-
-# Ten samples in microbatches of four: the last one is half empty.
-EDITS = {
-    "prompts.list": WORDS[:2],
-    "sample.per_prompt": 5,
-    "sample.steps": 2,
-    "sample.guidance_scale": 1.0,
-}
-
-
-def settings(**edits):
-    return configured(
-        TINY | EDITS | {k.replace("__", "."): v for k, v in edits.items()}
-    )
-
-
-def no_build(*_):
-    raise AssertionError("a model was built first")
-
-
-def save_epoch(config, workdir, scale):
-    """A workdir with a checkpoint of weights that are not the initial ones."""
-    program = build(config)
-    state = perturbed_state(program, scale)
-    if config.lora.rank:
-        state = state._replace(ema=perturbed(state.ema, 0.3))
-    with open_workdir(workdir, config) as home:
-        checkpoints = Checkpoints(home.checkpoints, 1, 2)
-        tracker = PerPromptTracker.init(
-            len(program.prompts), config.advantages.tracker_size
-        )
-        save(checkpoints, 1, state, tracker, program, force=True)
-        checkpoints.close()
-    return program, state
-
 
 # ---- samples of the policy
 
@@ -237,80 +196,6 @@ def test_samples_that_are_no_pictures_are_told_by_their_prompts(tmp_path, monkey
     monkeypatch.setattr(sample, "make_sampler", broken)
     sample_mode(settings(), str(tmp_path))
     assert len(read_emoji(tmp_path / "dataset")[0]) == 10
-
-
-# ---- weights of the policy
-
-
-def test_the_exported_weights_are_the_average_in_half(tmp_path, capsys, monkeypatch):
-    config = settings()
-    _, state = save_epoch(config, tmp_path, 0.05)
-    export_mode(config, str(tmp_path))
-    path = tmp_path / "export" / "000001.npz"
-    assert str(path) in capsys.readouterr().out
-    found = read_params(path)
-    half = jax.tree.map(lambda a: np.asarray(a, np.float16), state.ema)
-    assert jax.tree.structure(found) == jax.tree.structure(half)
-    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(half), strict=True):
-        np.testing.assert_array_equal(a, b)
-    pipeline = emoji_pipeline(settings(model__init=str(path)))
-    assert jax.tree.structure(pipeline.load()) == jax.tree.structure(half)
-    with pytest.raises(UserError, match="other heads"):
-        emoji_pipeline(settings(model__init=str(path), model__heads=4))
-    monkeypatch.setattr("ddrl_jax.export.build", no_build)
-    with pytest.raises(UserError, match="already there"):
-        export_mode(config, str(tmp_path))
-    path.unlink()
-    path.parent.rmdir()
-    path.parent.write_text("")
-    with pytest.raises(UserError, match="can not lie there"):
-        export_mode(config, str(tmp_path))
-
-
-def test_a_lora_is_merged_on_export(tmp_path):
-    config = settings(lora__rank=2, lora__alpha=4.0)
-    program, state = save_epoch(config, tmp_path, 0.05)
-    export_mode(config, str(tmp_path))
-    found = read_params(tmp_path / "export" / "000001.npz")
-    assert jax.tree.structure(found) == jax.tree.structure(program.frozen)
-    factors, base = state.ema["blocks"]["up"], program.frozen["blocks"]["up"]["kernel"]
-    product = np.asarray(factors["a"][0]) @ np.asarray(factors["b"][0])
-    expected = np.asarray(base)[0] + 2.0 * product  # alpha / rank
-    np.testing.assert_allclose(found["blocks"]["up"]["kernel"][0], expected, atol=2e-3)
-    assert np.abs(product).max() > 0.05
-
-
-OTHERS = {
-    "lora.alpha: 4.0 there, 6.0 here": {"lora__rank": 2, "lora__alpha": 6.0},
-    "lora.rank: 2 there, 0 here": {},
-    "model.heads: 2 there, 1 here": {
-        "lora__rank": 2, "lora__alpha": 4.0, "model__heads": 1
-    },
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("told", OTHERS)
-def test_a_run_is_exported_with_the_scale_it_was_trained_with(
-    told, tmp_path, monkeypatch
-):
-    monkeypatch.setattr("ddrl_jax.export.build", no_build)
-    trained = {"lora__rank": 2, "lora__alpha": 4.0}
-    with open_workdir(tmp_path, settings(**trained)):
-        pass
-    with pytest.raises(UserError, match=told):
-        export_mode(settings(**OTHERS[told]), str(tmp_path))
-    elsewhere = trained | {"model__init": "somewhere.npz", "model__dtype": "bfloat16"}
-    with pytest.raises(UserError, match="no checkpoint to export"):
-        export_mode(settings(**elsewhere), str(tmp_path))
-
-
-def test_nothing_to_export(tmp_path, monkeypatch):
-    monkeypatch.setattr("ddrl_jax.export.build", no_build)
-    with open_workdir(tmp_path, settings()):
-        pass
-    with pytest.raises(UserError, match="no checkpoint to export"):
-        export_mode(settings(), str(tmp_path))
-    assert not (tmp_path / "export").exists()
 
 
 # ---- a run judged again
