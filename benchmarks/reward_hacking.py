@@ -1,6 +1,6 @@
 """Reward hacking, and what DDRL, KL and nothing do about it: all arms, several seeds.
 
-    python benchmarks/reward_hacking.py --seeds 0 1 2 --processes 2
+    python benchmarks/reward_hacking.py --seeds 4 5 6 --processes 2
 
 Each run is `python -m ddrl_jax.main --config=configs/hacking.py:ARM` in its own workdir
 with its own share of the cores. Seed 0 of all arms comes first, so that there is early
@@ -33,7 +33,7 @@ from ddrl_jax.errors import UserError  # noqa: E402
 
 PAUSE = 1.0  # seconds between two looks at the runs
 REPORT = 60.0  # seconds between two lines of progress
-SEEDS = [0, 1, 2]
+SEEDS = [4, 5, 6]  # fixed before any of them was run: hacking_trials.md
 GRACE = 600.0  # seconds a stopped run may take to save
 
 
