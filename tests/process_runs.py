@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 import socket
 import subprocess
 import sys
@@ -24,8 +23,13 @@ FLAGS = (
 )
 MAIN = "from ddrl_jax.main import main; main()"
 CLOCKS = ("time/", "perf/", "samples_per_second")
-# Gloo's own line on standard output; its threads may cut each other's short.
-GLOO = re.compile(r"^\[Gloo\]|peer ranks")
+# Gloo's threads write to standard output, through each other's lines: what a process
+# prints by Python keeps that output, and Gloo has the one for errors.
+WITHOUT_GLOO = """
+import os, sys
+sys.stdout = os.fdopen(os.dup(1), "w", 1)
+os.dup2(2, 1)
+"""
 
 
 def free_port() -> int:
@@ -43,8 +47,9 @@ def process(
 ) -> subprocess.Popen:
     """Starts one of several processes that share the devices evenly."""
     more = place | {"JAX_NUM_CPU_DEVICES": str(DEVICES // processes)}
+    program = WITHOUT_GLOO + code
     return subprocess.Popen(
-        [sys.executable, "-c", code, *FLAGS, f"--workdir={workdir}", *flags],
+        [sys.executable, "-c", program, *FLAGS, f"--workdir={workdir}", *flags],
         cwd=ROOT,
         env=os.environ | more,
         stdout=subprocess.PIPE,
@@ -113,8 +118,7 @@ def ends(run: list[subprocess.Popen], timeout: float = 300) -> list[tuple]:
             for other in run:
                 other.kill()
             raise
-        lines = [line for line in output.splitlines() if not GLOO.search(line)]
-        found.append((process.returncode, "\n".join(lines), errors))
+        found.append((process.returncode, output.strip(), errors))
     return found
 
 

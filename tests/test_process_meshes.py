@@ -15,7 +15,14 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from process_runs import FLAGS, GLOO, ROOT, epochs_saved, free_port, metrics
+from process_runs import (
+    FLAGS,
+    ROOT,
+    WITHOUT_GLOO,
+    epochs_saved,
+    free_port,
+    metrics,
+)
 from tiny_runs import perturbed
 
 from ddrl_jax.config_file import load_config
@@ -68,7 +75,8 @@ def started(root: Path, init: Path, processes: int) -> list[subprocess.Popen]:
         "JAX_NUM_CPU_DEVICES": str(4 // processes),
     }
     place["DDRL_COORDINATOR"] = f"127.0.0.1:{free_port()}"
-    command = [sys.executable, "-c", COMMANDS, json.dumps(commands(root, init))]
+    program = WITHOUT_GLOO + COMMANDS
+    command = [sys.executable, "-c", program, json.dumps(commands(root, init))]
     return [
         subprocess.Popen(
             command,
@@ -92,13 +100,8 @@ def said(run: Sequence[subprocess.Popen]) -> list[list[str]]:
     for process, (_, errors) in zip(run, ended, strict=True):
         assert process.returncode == 0, errors
     parts = [output.split("COMMAND\n")[1:] for output, _ in ended]
-    clean = [[_without_gloo(text) for text in part] for part in parts]
-    assert {len(part) for part in clean} == {len(MESHES) + len(MODES)}
-    return clean
-
-
-def _without_gloo(text: str) -> str:
-    return "\n".join(line for line in text.splitlines() if not GLOO.search(line))
+    assert {len(part) for part in parts} == {len(MESHES) + len(MODES)}
+    return parts
 
 
 @pytest.fixture(scope="module")
