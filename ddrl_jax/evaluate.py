@@ -18,6 +18,7 @@ from ddrl_jax.draws import draw_records, draw_trained_steps
 from ddrl_jax.finite import finite_rows, leave_out
 from ddrl_jax.interfaces import Cond, DataSource, Reward
 from ddrl_jax.learner import TrainState
+from ddrl_jax.matmul_precision import in_matmul_precision
 from ddrl_jax.metrics import Metrics
 from ddrl_jax.objectives.data import noised, prediction_loss
 from ddrl_jax.pictures import grid, save_png
@@ -244,6 +245,7 @@ def _rollout_sampler(program: Program):
     return sample
 
 
+@in_matmul_precision
 def evaluate_mode(config: Any, workdir: str) -> None:
     """--mode=evaluate: judges the newest checkpoint of WORKDIR, prints the values.
 

@@ -10,6 +10,7 @@ from ddrl_jax.checkpoint import Checkpoints
 from ddrl_jax.distributed import is_main
 from ddrl_jax.errors import UserError
 from ddrl_jax.interfaces import Params
+from ddrl_jax.matmul_precision import in_matmul_precision
 from ddrl_jax.models.emoji import write_params
 from ddrl_jax.models.export_diffusers import write_lora, write_pipeline
 from ddrl_jax.models.lora import merge_lora
@@ -36,6 +37,7 @@ FREE = (
 )
 
 
+@in_matmul_precision
 def export_mode(config: Any, workdir: str) -> None:
     """Writes WORKDIR/export/EPOCH: what the weights are used by is the model's matter.
 

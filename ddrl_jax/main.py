@@ -11,8 +11,7 @@ import sys
 import tempfile
 import traceback
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any
+from contextlib import contextmanager, nullcontext
 
 from ml_collections import ConfigDict
 
@@ -99,8 +98,7 @@ def _dispatch(command: Command, join: bool) -> None:
             {"--mode": mode, "ddrl_jax": __version__} | shared_settings(config)
         )
         _enable_compilation_cache()
-        with _precision(config):
-            _MODE_CALLS[mode](config, workdir, *more)
+        _MODE_CALLS[mode](config, workdir, *more)
 
 
 def _device_count() -> int:
@@ -143,19 +141,6 @@ def _enable_compilation_cache() -> None:
     if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
         # Start-up is many small programs, so they are worth keeping as well.
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
-
-
-def _precision(config: Any) -> AbstractContextManager:
-    """How exactly an accelerator multiplies in a float32 network.
-
-    Around the whole mode, as backward passes are traced outside of the network. A
-    product of two bfloat16 numbers is exact in float32 already.
-    """
-    import jax
-
-    if config.model.dtype != "float32":
-        return nullcontext()
-    return jax.default_matmul_precision(config.model.matmul_precision)
 
 
 @contextmanager

@@ -9,7 +9,6 @@ import os
 import statistics
 import sys
 import time
-import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -23,6 +22,7 @@ from tqdm import tqdm
 
 from ddrl_jax.board import Board
 from ddrl_jax.errors import UserError
+from ddrl_jax.wandb_run import start_wandb
 
 STAGES: tuple[str, ...] = ("rollout", "reward", "update")
 ONLY_AT_END = "only_at_end"  # key: names of values of a run that ends here
@@ -53,7 +53,7 @@ class Metrics:
         if jax.process_index() != 0:
             return
         if config_log.wandb:
-            self._wandb = _start_wandb(self.root)
+            self._wandb = start_wandb(self.root)
         if config_log.tensorboard:
             folder = self.root / "tensorboard"
             with _told(folder):
@@ -287,29 +287,6 @@ class Timer:
             stage = self._open[-1]
             self._spent[stage] = self._spent.get(stage, 0.0) + now - self._mark
         self._mark = now
-
-
-def _start_wandb(root: Path) -> Any:
-    try:
-        import wandb  # pyright: ignore[reportMissingImports]
-    except ImportError as error:
-        raise UserError(
-            "log.wandb is on and the package wandb is not installed",
-            got=error,
-            wanted="wandb, an optional extra",
-            way_out="pip install 'ddrl_jax[wandb]', or --config.log.wandb=False",
-        ) from None
-    name = root / ".wandb_id"  # a restart goes on with the same wandb run
-    if not name.exists():
-        name.write_text(uuid.uuid4().hex)
-    return wandb.init(
-        dir=str(root),
-        name=root.name,
-        project="ddrl_jax",
-        config=json.loads((root / "config.json").read_text()),
-        id=name.read_text(),
-        resume="allow",
-    )
 
 
 @contextmanager

@@ -19,6 +19,7 @@ from ddrl_jax.evaluate import chunks_of, make_sampler
 from ddrl_jax.finite import SHOWN
 from ddrl_jax.learner import TrainState
 from ddrl_jax.lock import Lock
+from ddrl_jax.matmul_precision import in_matmul_precision
 from ddrl_jax.program import Program, build
 from ddrl_jax.resume import start
 from ddrl_jax.sharding import to_host
@@ -28,6 +29,7 @@ from ddrl_jax.workdir import open_workdir, tell_differences
 SAMPLE_STREAM = 3_000_017  # folded into the seed: noise of its own
 
 
+@in_matmul_precision
 def sample_mode(config: Any, workdir: str) -> None:
     """Writes config.sample.per_prompt samples of every prompt as a TFDS data set.
 

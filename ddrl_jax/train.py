@@ -16,6 +16,7 @@ from ddrl_jax.draws import each_chunk, sample_order
 from ddrl_jax.evaluate import Evaluation, Stopped
 from ddrl_jax.interfaces import Reward
 from ddrl_jax.learner import Minibatch, TrainState
+from ddrl_jax.matmul_precision import in_matmul_precision
 from ddrl_jax.metrics import ONLY_AT_END, Metrics, ProgressBar, Timer
 from ddrl_jax.metrics_file import continue_from, written_steps
 from ddrl_jax.mfu import Utilization
@@ -34,6 +35,7 @@ from ddrl_jax.terms import MAXIMA, WEIGHTED
 from ddrl_jax.workdir import Workdir, open_workdir
 
 
+@in_matmul_precision
 def train(config: Any, workdir: str, profile: Epochs | None = None) -> None:
     """Trains, or goes on with the run that WORKDIR holds, and writes its report.
 

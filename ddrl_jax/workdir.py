@@ -4,29 +4,22 @@ import errno
 import json
 import os
 import sys
-from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from ddrl_jax.config_difference import (
+    differing_keys,
+    flattened,
+    listed,
+    nested,
+    way_back,
+)
 from ddrl_jax.distributed import check_shared, is_main, main_first
 from ddrl_jax.errors import UserError
 from ddrl_jax.lock import Lock
 from ddrl_jax.start_note import note_start
 from ddrl_jax.text import parse_json
-
-# Keys that a later start may change: what they change is not the numbers of the run,
-# or (mesh, microbatch) only the order in which floats are added.
-_FREE = ("log.", "checkpoint.", "sample.", "mesh.", "export.", "evaluate.pictures")
-_FREE += ("rewards.on_failure", "rewards.threads", "rewards.timeout")
-_FREE += ("rewards.vlm.base_url", "rewards.vlm.api_key_env", "rewards.vlm.timeout")
-_FREE += ("rewards.vlm.retries", "rewards.vlm.backoff", "rewards.vlm.threads")
-_FREE += ("policy.ratio_tolerance", "train.microbatch")
-_ABSENT = "(no such key)"
-_TABLE = "rewards.weights."  # whose keys are set, all at once, in any version
-# Keys that a run of an earlier version does not have, and what it did.
-_MEANT = {"optimizer.name": "adamw", "model.matmul_precision": "default"}
-_MEANT |= {"sampler.window": []}
 
 
 class Workdir:
@@ -138,7 +131,7 @@ def _take(root: Path, config: Any, mode: str) -> Workdir:
         ) from error
     workdir = Workdir(root, lock)
     try:
-        _settle_config(workdir, _flat(config), keep=mode != "train")
+        _settle_config(workdir, flattened(config), keep=mode != "train")
         note_start(workdir.starts, mode)
     except OSError as error:
         workdir.close()
@@ -147,44 +140,6 @@ def _take(root: Path, config: Any, mode: str) -> Workdir:
         workdir.close()
         raise
     return workdir
-
-
-def differing_keys(
-    stored: Mapping[str, Any], wanted: Mapping[str, Any]
-) -> dict[str, tuple[Any, Any]]:
-    """Returns the keys in which two configs differ so that a run can not go on.
-
-    Left out are keys that do not change the numbers (log.*, checkpoint.*, sample.*,
-    mesh.*, export.*, rewards.on_failure (of epochs without a failure),
-    rewards.threads, rewards.timeout, evaluate.pictures, data.cache,
-    policy.ratio_tolerance, and of rewards.vlm.* base_url, api_key_env, timeout,
-    retries, backoff and threads) and train.microbatch; and a larger train.epochs,
-    unless the schedule of the learning rate is made for it.
-
-    Args:
-      stored: flat dotted keys of the run in the folder, as JSON gives them.
-      wanted: those of this start.
-
-    Returns:
-      {key: (stored, wanted)}, sorted.
-    """
-    stored = {k: v for k, v in _MEANT.items() if k in wanted} | dict(stored)
-    keys = sorted(stored.keys() | wanted.keys())
-    pairs = {key: (stored.get(key, _ABSENT), wanted.get(key, _ABSENT)) for key in keys}
-    longer = wanted.get("train.epochs", 0) >= stored.get("train.epochs", 0)
-    may_grow = wanted.get("optimizer.schedule") != "cosine" and longer
-    return {
-        key: pair
-        for key, pair in pairs.items()
-        if pair[0] != pair[1]
-        and not _is_free(key)
-        and not (key == "train.epochs" and may_grow)
-    }
-
-
-def _is_free(key: str) -> bool:
-    # data.cache is a place; other keys that begin so say what is cached
-    return key == "data.cache" or key.startswith(_FREE)
 
 
 def replace_file(path: Path, content: bytes) -> None:
@@ -218,7 +173,7 @@ def _settle_config(workdir: Workdir, wanted: dict[str, Any], keep: bool) -> None
         _compare_config(workdir, wanted, ("prompts.",) if begun else ())
         if begun:
             return
-    text = json.dumps(_nested(wanted), indent=2, sort_keys=True) + "\n"
+    text = json.dumps(nested(wanted), indent=2, sort_keys=True) + "\n"
     replace_file(workdir.config, text.encode())
 
 
@@ -254,24 +209,24 @@ def tell_differences(
             wanted="a workdir of --mode=train",
             way_out="correct --workdir, or train first",
         )
-    found = differing_keys(_stored(workdir), _flat(config))
+    found = differing_keys(_stored(workdir), flattened(config))
     found = {key: pair for key, pair in found.items() if not key.startswith(but)}
     if wrong := {key: pair for key, pair in found.items() if key.startswith(never)}:
         raise UserError(
             f"{workdir.root} holds a run of another model",
-            got="\n           ".join(_listed(wrong)),
+            got="\n           ".join(listed(wrong)),
             wanted="the model that the run trained, as its config.json has it"
             + ", and its seed, from which random weights are drawn" * ("seed" in wrong),
             way_out="give the flags that the run was started with",
         )
     if found and is_main():
         head = f"not as the run in {workdir.root} was trained:"
-        print("\n  ".join((head, *_listed(found))), file=sys.stderr, flush=True)
+        print("\n  ".join((head, *listed(found))), file=sys.stderr, flush=True)
 
 
 def _stored(workdir: Workdir) -> dict[str, Any]:
     try:
-        return _flat(parse_json(workdir.config.read_bytes()))
+        return flattened(parse_json(workdir.config.read_bytes()))
     except (ValueError, AttributeError) as error:
         raise UserError(
             f"{workdir.config} is not readable",
@@ -281,10 +236,6 @@ def _stored(workdir: Workdir) -> dict[str, Any]:
         ) from error
 
 
-def _listed(found: Mapping[str, tuple[Any, Any]]) -> list[str]:
-    return [f"{key}: {old!r} there, {new!r} here" for key, (old, new) in found.items()]
-
-
 def _compare_config(workdir: Workdir, wanted: dict, but: tuple[str, ...]) -> None:
     """Refuses another config where a run has begun, else says what replaces it."""
     found = differing_keys(_stored(workdir), wanted)
@@ -292,50 +243,13 @@ def _compare_config(workdir: Workdir, wanted: dict, but: tuple[str, ...]) -> Non
     if found and _begun(workdir):
         raise UserError(
             f"{workdir.root} holds a run with another config",
-            got="\n           ".join(_listed(found)),
+            got="\n           ".join(listed(found)),
             wanted="the config stored in its config.json",
-            way_out=_way_back(found),
+            way_out=way_back(found),
         )
     if found:
         head = f"in place of a start that came to nothing in {workdir.root}:"
-        print("\n  ".join((head, *_listed(found))), file=sys.stderr, flush=True)
-
-
-def _way_back(found: Mapping[str, tuple[Any, Any]]) -> str:
-    """What helps where keys differ: a key that one version lacks can not be set."""
-    lacking = [
-        _ABSENT in pair and not key.startswith(_TABLE) for key, pair in found.items()
-    ]
-    if not any(lacking):
-        return "use another --workdir, or set these keys as stored"
-    if all(lacking):
-        return "use another --workdir, or go on with the version of the stored run"
-    return (
-        "use another --workdir, or set these keys as stored; one that is not there: "
-        "go on with the version of the stored run"
-    )
-
-
-def _flat(config: Any, prefix: str = "") -> dict[str, Any]:
-    """Dotted keys, and values as JSON gives them back, to compare with a file."""
-    flat: dict[str, Any] = {}
-    for key, value in config.items():
-        if isinstance(value, Mapping) or hasattr(value, "to_dict"):
-            flat |= _flat(value, f"{prefix}{key}.")
-        else:
-            flat[prefix + key] = json.loads(json.dumps(value))
-    return flat
-
-
-def _nested(flat: Mapping[str, Any]) -> dict[str, Any]:
-    nested: dict[str, Any] = {}
-    for key, value in flat.items():
-        *parents, last = key.split(".")
-        place = nested
-        for parent in parents:
-            place = place.setdefault(parent, {})
-        place[last] = value
-    return nested
+        print("\n  ".join((head, *listed(found))), file=sys.stderr, flush=True)
 
 
 def _unusable(root: Path, got: object, wanted: str) -> UserError:

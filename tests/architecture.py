@@ -41,6 +41,7 @@ PLUMBING += (
     "curves",
     "start_note",
     "board",
+    "wandb_run",
 )
 MEASURES = ("flops", "chips", "profile")
 CHECKS = ("config_rules", "config_values", "check_config", "check_objective")
@@ -56,6 +57,7 @@ RUN = (
     "self_test",
     "resume",
     "mfu",
+    "matmul_precision",
 )  # one run put together
 MODES = ("evaluate", "sample", "export", "plan")
 BELOW_TRAIN = (*PARTS, *PLUMBING, "distributed", *MEASURES, *CHECKS, *RUN)
@@ -89,9 +91,10 @@ IMPORT_TABLE: dict[str, tuple[str, ...]] = {
     **{name: () for name in MEASURES},
     "checkpoint": ("fingerprint", "orbax_log", "distributed"),
     "fingerprint": ("checksum",),
-    "metrics": ("board",),
+    "metrics": ("board", "wandb_run"),
+    "config_difference": (),
     "report": ("curves", "start_note"),
-    "workdir": ("distributed", "lock", "start_note"),
+    "workdir": ("config_difference", "distributed", "lock", "start_note"),
     "metrics_file": ("metrics", "workdir"),
     **{
         name: ("diffusion", "models", "rewards", "data", "terms", *CHECKS)
@@ -104,7 +107,10 @@ IMPORT_TABLE: dict[str, tuple[str, ...]] = {
     **{name: (*BELOW_TRAIN, *MODES) for name in MODES},
     "sample": (*BELOW_TRAIN, *MODES, "lock"),
     "train": (*BELOW_TRAIN, *MODES),
-    "compare": ("compare", *BELOW_TRAIN, *MODES, "train", "main"),
+    "compare": (
+        *("compare", "config_difference", "train", "main"),
+        *(*BELOW_TRAIN, *MODES),
+    ),
     "main": (*BELOW_TRAIN, *MODES, "train", "compare", "surroundings"),
 }
 # Others' packages that only a part of the program may know.
@@ -115,7 +121,7 @@ CONFINED = {
     "transformers": ("models",),
     "diffusers": ("models",),
     "tensorboardX": ("board",),
-    "wandb": ("metrics",),
+    "wandb": ("wandb_run",),
     "torch": (),
     "tensorflow": (),
 }

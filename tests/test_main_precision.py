@@ -1,17 +1,18 @@
-"""How exactly an accelerator multiplies, which the command line decides for all modes.
+"""How exactly an accelerator multiplies, in each mode, by command line and from Python.
 
 Read from what is lowered: on a CPU the products are the same.
 """
 
 import re
-import sys
-import types
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import pytest
 
+from ddrl_jax import evaluate, export, sample, train, workdir
+from ddrl_jax.config_file import load_config
+from ddrl_jax.errors import UserError
 from ddrl_jax.main import run
 from ddrl_jax.models.convolution import convolve
 
@@ -33,6 +34,22 @@ def precisions() -> set[str]:
     return {re.sub("#stablehlo<precision |>", "", pair) for pair in found}
 
 
+@pytest.fixture
+def traced(monkeypatch):
+    """The precisions in which a mode begins its work, which then ends."""
+    found = []
+
+    def begin(*arguments, **named):
+        found.append(precisions())
+        raise UserError("enough", got="", wanted="", way_out="")
+
+    for module in (workdir, train, sample, export):
+        monkeypatch.setattr(module, "open_workdir", begin)
+    cache = jax.config.jax_compilation_cache_dir  # pyright: ignore
+    yield found
+    jax.config.update("jax_compilation_cache_dir", cache)
+
+
 @pytest.mark.parametrize(
     "keys, wanted",
     [
@@ -42,14 +59,18 @@ def precisions() -> set[str]:
         (["--config.model.dtype=bfloat16"], "DEFAULT, DEFAULT"),
     ],
 )
-def test_float32_networks_multiply_in_float32_unless_told(keys, wanted, monkeypatch):
-    found = []
-    fake = types.SimpleNamespace(train=lambda *_: found.append(precisions()))
-    monkeypatch.setitem(sys.modules, "ddrl_jax.train", fake)
-    cache = jax.config.jax_compilation_cache_dir  # pyright: ignore
-    try:
-        assert run(["main", SMOKE, "--workdir=w", *keys]) == 0
-    finally:
-        jax.config.update("jax_compilation_cache_dir", cache)
-    assert found == [{wanted}]
+def test_float32_networks_multiply_in_float32_unless_told(keys, wanted, traced):
+    assert run(["main", SMOKE, "--workdir=w", *keys]) == 2
+    assert traced == [{wanted}]
     assert precisions() == {"DEFAULT, DEFAULT"}  # of one command only
+
+
+@pytest.mark.parametrize(
+    "mode",
+    [train.train, evaluate.evaluate_mode, sample.sample_mode, export.export_mode],
+)
+def test_so_they_do_in_every_mode_called_from_python(mode, traced):
+    with pytest.raises(UserError, match="enough"):
+        mode(load_config(SMOKE.removeprefix("--config=")), "w")
+    assert traced == [{"HIGHEST, HIGHEST"}]
+    assert precisions() == {"DEFAULT, DEFAULT"}

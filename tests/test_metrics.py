@@ -88,6 +88,7 @@ def wandb(monkeypatch):
         return Run()
 
     package = SimpleNamespace(init=init, Image=lambda path: ("picture", path))
+    package.errors = SimpleNamespace(Error=type("Error", (Exception,), {}))
     monkeypatch.setitem(sys.modules, "wandb", package)
     return asked
 
@@ -120,6 +121,20 @@ def test_wandb_gets_every_epoch_once_and_a_restart_goes_on_in_its_run(tmp_path, 
         ("log", 2, {"reward/mean": 0.75, "count": 3}),
         ("finish",),
     ]
+
+
+def test_wandb_that_does_not_start_is_one_error(tmp_path, wandb, monkeypatch):
+    package = sys.modules["wandb"]
+
+    def init(**settings):
+        raise type("UsageError", (package.errors.Error,), {})("api_key not\nconfigured")
+
+    monkeypatch.setattr(package, "init", init)
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(UserError, match="wandb does not start") as error:
+        Metrics(tmp_path, ConfigDict({"tensorboard": False, "wandb": True}))
+    assert error.value.got == "api_key not configured"
+    assert "WANDB_MODE=offline" in error.value.way_out
 
 
 def test_two_runs_are_two_runs_of_wandb(tmp_path, wandb):

@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 
 from configs.base import get_config
+from ddrl_jax.config_difference import differing_keys
 from ddrl_jax.errors import UserError
-from ddrl_jax.workdir import differing_keys, open_workdir, tell_differences
+from ddrl_jax.workdir import open_workdir, tell_differences
 
 
 def start(path: Path, **changes) -> None:

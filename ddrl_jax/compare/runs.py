@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Float, Int
 
+from ddrl_jax.config_difference import flattened
 from ddrl_jax.errors import UserError
 from ddrl_jax.text import parse_json
 
@@ -208,7 +209,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 def _read(arm: str, root: Path) -> Run | str:
     """The run of a workdir, or in words what it lacks."""
     try:
-        config = _flat(parse_json((root / "config.json").read_text()))
+        config = flattened(parse_json((root / "config.json").read_text()))
     except (OSError, ValueError, AttributeError) as error:
         reason = "no config.json" if root.is_dir() else "no such folder"
         return f"{root}: {reason if isinstance(error, OSError) else error}"
@@ -233,14 +234,6 @@ def _read(arm: str, root: Path) -> Run | str:
 def _column(rows: Sequence[Mapping], metric: Metric) -> Float[np.ndarray, " e"]:
     values = [row.get(metric.key) for row in rows]
     return metric.sign * np.array([np.nan if v is None else v for v in values], float)
-
-
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        inside = isinstance(value, Mapping)
-        flat |= _flat(value, f"{prefix}{key}.") if inside else {prefix + key: value}
-    return flat
 
 
 def _check_seeds(runs: Sequence[Run]) -> None:

@@ -9,10 +9,12 @@ import pytest
 from edited_config import configured
 from tiny_runs import perturbed
 
+from configs import base, emoji_pretrain
 from ddrl_jax.errors import UserError
 from ddrl_jax.interfaces import Cond
 from ddrl_jax.models.emoji import (
     BASE,
+    BASE_HEADS,
     check_params,
     decode,
     emoji_pipeline,
@@ -219,7 +221,19 @@ def test_heads_are_those_that_the_weights_were_trained_with(tmp_path):
     assert (caught.value.got, caught.value.wanted) == ("model.heads 4", "2 heads")
     write_params(path, random)
     assert pipeline(**edits, **{"model.heads": 4}).load() is not None
+
+
+def test_heads_of_the_shipped_base_are_those_of_its_config():
+    """Its file is older than the comment that says them."""
     assert read_heads(BASE) is None
+    assert emoji_pretrain.get_config().model.heads == BASE_HEADS
+    assert base.get_config().model.heads == BASE_HEADS
+    with pytest.raises(UserError, match="other heads") as caught:
+        emoji_pipeline(configured({"model.heads": 4}))
+    assert (caught.value.got, caught.value.wanted) == (
+        "model.heads 4",
+        f"{BASE_HEADS} heads",
+    )
 
 
 def test_missing_weights_are_named_before_anything_is_built(tmp_path):
