@@ -60,9 +60,9 @@ def _shrink_run(c: ConfigDict) -> None:
     # of the steps it trained, keep what the short sampler has
     c.policy.train_on = tuple(i for i in c.policy.train_on if i < c.sampler.steps - 1)
     c.policy.train_steps = min(c.policy.train_steps, 2)
-    if c.sampler.window:
+    if c.sampler.window:  # two steps of noise, or all that it had of them
         first, stop = c.sampler.window
-        c.sampler.window = (min(first, c.sampler.steps - 2), min(stop, c.sampler.steps))
+        c.sampler.window = (min(first, 1), min(stop, c.sampler.steps - 1))
     c.train.update(epochs=2, minibatches=min(c.train.minibatches, 2), microbatch=8)
     c.optimizer.warmup = 0
     c.evaluate.update(every=1, samples=8, steps=2, data_samples=8, pictures=4)

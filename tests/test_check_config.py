@@ -6,6 +6,7 @@ import re
 import pytest
 from edited_config import configured, refused, told_by_plan
 
+from configs.smoke import shrink
 from ddrl_jax.check_config import check_config, notes
 from ddrl_jax.config_file import load_config
 from ddrl_jax.errors import UserError
@@ -253,6 +254,23 @@ def test_an_experiment_passes_on_one_device_and_on_eight(name, variant, tmp_path
     narrow = config.model.width == 32 or config.model.init == "assets"
     small = narrow and config.train.epochs == 2
     assert small == (variant == "smoke")
+
+
+@pytest.mark.parametrize(
+    ("window", "steps"),
+    [((0, 10), {}), ((0, 1), {"train_steps": 1}), ((5, 9), {}), ((8, 10), {}),
+     ((0, 4), {"train_on": (0, 2)}), ((2, 6), {"train_on": (2, 5)}),
+     ((1, 2), {"train_on": (1,)}), ((3, 4), {"train_on": (3,)})],
+)  # fmt: skip
+@pytest.mark.parametrize("last_step", ["deterministic", "stochastic"])
+def test_noise_in_a_window_stays_some_where_an_experiment_is_made_small(
+    window, steps, last_step
+):
+    config = configured({"sampler.window": window, "sampler.last_step": last_step})
+    config.policy.update(train_steps=min(3, window[1] - window[0] - 1) or 1)
+    config.policy.update(steps)
+    check_config(config, 1)
+    check_config(shrink(config, "smoke"), 1)
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
