@@ -1,5 +1,6 @@
 """An epoch of experience: which picture is judged by which prompt, and what is told."""
 
+import threading
 import time
 
 import jax
@@ -194,6 +195,29 @@ def test_counters_are_those_of_the_epoch(run):
         found = [collect(program, state, number, *rest) for number in range(2)]
     assert [f.metrics["reward/brightness/requests"] for f in found] == [2.0, 2.0]
     assert judge.asked == 104
+
+
+def test_a_chunk_is_judged_while_the_next_one_is_sampled(run):
+    """The first judge is not done before the second rollout is asked for."""
+    program, state = run
+    sampled, begun = threading.Semaphore(0), []
+
+    def rollout(*inputs):
+        begun.append(inputs)
+        if len(begun) == 2:
+            sampled.release()
+        return program.rollout(*inputs)
+
+    def waiting(images, prompts):
+        assert sampled.acquire(timeout=60.0)
+        sampled.release()
+        return images.mean((1, 2, 3))
+
+    tracker = PerPromptTracker.init(len(program.prompts), 16)
+    with RewardPool({"brightness": waiting}, 1, 120.0, "error") as pool:
+        rest = (pool, tracker, Timer(), Preemption())
+        found = collect(program._replace(rollout=rollout), state, 0, *rest)
+    assert found is not None and found.metrics["reward/valid"] == 1.0
 
 
 class Behind(Judged):

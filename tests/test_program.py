@@ -269,6 +269,32 @@ def test_pictures_and_trajectories(program):
     np.testing.assert_array_equal(kept.index, steps)
 
 
+@pytest.mark.parametrize("kernel", ["ddim", "flow_grpo", "edm"])
+def test_all_but_the_network_is_float32_where_that_computes_in_half(kernel):
+    edits = DATA | {"model.dtype": "bfloat16", "sampler.kernel": kernel}
+    edits |= {"sampler.guidance_scale": 2.0, "policy.kl_weight": 0.1}
+    half = tiny_program(edits, flat_source())
+    _, (chunk, _) = draw(half)
+    steps, state = jnp.zeros((1, 4), jnp.int32), half.abstract_state()
+    sample = lambda p: half.rollout(p, half.frozen, chunk.keys, chunk.cond, steps)  # noqa: E731
+    found = jax.eval_shape(sample, state.params)
+    kept = found.trajectory
+    chunk = chunk._replace(
+        trajectory=jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), kept),
+        old_log_prob=jnp.zeros((1, 4)),
+        advantages=jnp.zeros(4),
+    )
+    update = lambda s: half.update(s, half.frozen, half.reference, (chunk,))  # noqa: E731
+    after = jax.eval_shape(update, state)
+    floats = [
+        leaf.dtype
+        for leaf in jax.tree.leaves((found.x0, kept, after))
+        if jnp.issubdtype(leaf.dtype, jnp.floating)
+    ]
+    assert set(floats) == {jnp.dtype("float32")} and len(floats) > 60
+    assert "bf16" in str(jax.make_jaxpr(sample)(state.params))
+
+
 def test_the_abstract_state_is_the_state(program):
     state, abstract = program.new_state(), program.abstract_state()
     assert jax.tree.structure(state) == jax.tree.structure(abstract)
