@@ -11,8 +11,8 @@ data_term.weight and clip_range belong to this scale of the log-probs. Differs f
 release: lr 1e-4 and five warm-up updates (1e-5 and 50 for two billion weights), an
 average of the weights with a fixed decay, no factor 10 on the loss before the gradient
 is clipped to norm 1, a standard deviation over n, not n - 1, rewards that are
-not clamped to 5 before they are normalised, and samples that end at sigma_min, without
-a last denoising call.
+not clamped to 5 before they are normalised, data drawn for each sample (one record for
+a group there), and samples that end at sigma_min, without a last denoising call.
 data_term.every_step=False would leave the data term at the first trained step alone,
 the noisiest one. So does the release's data_on_first_only, which also divides that loss
 by the number of trained steps.
