@@ -15,9 +15,11 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 from saved_states import bits
+from tiny_runs import perturbed
 
 import ddrl_jax.train as loop
 from ddrl_jax.command_line import parse
+from ddrl_jax.models.emoji import emoji_pipeline, write_params
 from ddrl_jax.program import build
 from ddrl_jax.rollout import initial_noise
 
@@ -33,14 +35,18 @@ ROWS = {
     # from its fourth reward on, which some prompts reach within the first k epochs.
     "ddrl_paper": (),
     # And evaluations that do not fall on epoch K: only a run that ends there has one.
+    # No save is due either: what a notice ends is saved because of it.
     "ddpo_is": (
+        "--config.checkpoint.every=10",
         "--config.advantages.tracker_min=4",
         "--config.data_term.weight=0.01",
         f"--config.evaluate.every={K + 1}",
     ),
 }
 # And rows that are only resumed in processes of their own.
-MORE = {"flow_grpo": ("--config.train.inner_epochs=2",)}
+LORA = "train.inner_epochs=2 checkpoint.every=3 lora.rank=2 model.dtype=bfloat16 "
+LORA += "sampler.guidance_scale=2.0 sampler.window=(1,3)"
+MORE = {"flow_grpo": tuple(f"--config.{key}" for key in LORA.split())}
 CLOCKS = ("time/", "perf/", "samples_per_second")
 LOSSES = ("data/loss", "data/heldout_loss", "policy/loss")
 
@@ -219,6 +225,18 @@ def test_told_to_end_after_the_rollout_it_saves_and_the_restart_evaluates(
 
 
 @pytest.mark.parametrize("runs", ["ddpo_is"], indirect=True)
+def test_told_to_end_before_any_epoch_is_done_it_begins_anew(runs, tmp_path, capfd):
+    workdir = tmp_path / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        told_to_end(patch, "collect", 0)
+        runs.run(runs.flags, workdir, 2 * K)
+    assert "no epoch is done yet" in capfd.readouterr().err
+    assert not list(workdir.glob("checkpoints/*"))
+    runs.run(runs.flags, workdir, 2 * K)
+    check_same(workdir, runs.whole)
+
+
+@pytest.mark.parametrize("runs", ["ddpo_is"], indirect=True)
 def test_another_microbatch_draws_the_same_and_loses_the_same(runs, tmp_path):
     workdir = shutil.copytree(runs.half, tmp_path / "run")
     flags = (*runs.flags, "--config.train.microbatch=4")
@@ -273,10 +291,22 @@ def to_its_end(*arguments: str, env: Mapping[str, str] | None = None) -> None:
     assert child.returncode == 0, errors
 
 
+def speaking(flags: tuple[str, ...], path: Path) -> str:
+    """The flag of starting weights whose output layers are not 0, as new ones' are."""
+    pipeline = emoji_pipeline(
+        parse(["main", *flags, f"--workdir={path.parent}"]).config
+    )
+    params = jax.jit(pipeline.init)(jax.random.key(0))["params"]
+    write_params(path, perturbed(params))
+    return f"--config.model.init={path}"
+
+
 @pytest.mark.parametrize("row", ["ddrl_paper", "flow_grpo"])
 def test_sigterm_saves_ends_well_and_the_same_command_goes_on(row, tmp_path):
     """In processes of their own, which build and compile everything anew."""
     flags = (*flags_of(row), f"--config.train.epochs={2 * K}")
+    if row == "flow_grpo":  # a LoRA of a network that says 0 stays as it is
+        flags = (*flags, speaking(flags, tmp_path / "spoken.npz"))
     interrupted = (*flags, f"--workdir={tmp_path}/run")
     with program("-c", HELD_BACK, *interrupted) as child:
         assert child.stdout.readline() == "now\n"
@@ -285,10 +315,12 @@ def test_sigterm_saves_ends_well_and_the_same_command_goes_on(row, tmp_path):
     assert child.returncode == 0, errors
     assert "report" not in output
     assert errors.count(f"SIGTERM: epoch {K} is saved; the same command goes on") == 1
+    assert (tmp_path / "run" / "checkpoints" / str(K)).is_dir()
     to_its_end(*interrupted)
     to_its_end(*flags, f"--workdir={tmp_path}/whole")
     if row == "flow_grpo":  # whose reference is the policy that the run began with
-        assert metrics(tmp_path / "whole")[-1]["policy/kl"] > 0
+        last = metrics(tmp_path / "whole")[-1]
+        assert last["policy/kl"] > 0 and last["policy/ratio_max_deviation"] == 0
     check_same(tmp_path / "run", tmp_path / "whole")
 
 
