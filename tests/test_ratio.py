@@ -14,13 +14,16 @@ from tiny_runs import (
 )
 
 from configs import quickstart
-from ddrl_jax.collect import Collected
+from ddrl_jax.collect import Collected, collect
 from ddrl_jax.data.prompts import draw_prompts
 from ddrl_jax.diffusion.kernels import KERNELS
 from ddrl_jax.draws import draw_chunks
 from ddrl_jax.errors import UserError
+from ddrl_jax.metrics import Timer
 from ddrl_jax.objectives.advantages import PerPromptTracker
+from ddrl_jax.preemption import Preemption
 from ddrl_jax.program import build
+from ddrl_jax.rewards.pool import RewardPool
 from ddrl_jax.self_test import check_ratio, ratio_deviations
 from ddrl_jax.train import update_epoch
 
@@ -65,7 +68,9 @@ def assert_exactly_one(program, state):
     """Three programs - rollout, replay, gradient - give one set of bits."""
     assert_the_network_speaks(program, state)
     steps = int(program.kernel.stochastic.sum())
-    for where, deviation in ratio_deviations(program, state).items():
+    found = ratio_deviations(program, state)
+    assert set(found) == {"replay", "update"}  # without gradients and with them
+    for where, deviation in found.items():
         assert deviation.shape == (steps,)
         np.testing.assert_array_equal(deviation, 0.0, err_msg=where)
     chunks = chunks_with_trajectories(program, state, prompts_of(program))
@@ -113,6 +118,17 @@ OTHER_TERMS = {
             "data_term.levels": "rollout",
         },
     ),
+    # Two of four steps: states are kept in pairs, those of the ODE in between are not.
+    "a window": ("float32", {"sampler.window": (1, 3), "policy.kl_weight": 0.1}),
+    "a window of a lora": ("bfloat16", {"sampler.window": (0, 2), "lora.rank": 2}),
+    "a window of dance": (
+        "bfloat16",
+        {"sampler.kernel": "dance", "sampler.window": (1, 3), "policy.weight": 0.5},
+    ),
+    "a window of cps": (
+        "float32",
+        {"sampler.kernel": "cps", "sampler.window": (2, 4), "data_term.weight": 0.5},
+    ),
     "recomputed blocks": ("bfloat16", {"model.remat": "full"}),
     "two blocks of other widths": (
         "float32",
@@ -133,6 +149,36 @@ def test_no_other_term_of_the_update_changes_a_bit(case):
     program, state = make("flow_grpo", dtype, 3.0, flat_source(SIZE), **edits)
     chunks = assert_exactly_one(program, state)
     assert_exactly_one_in_the_update(program, state, chunks)
+
+
+SOME_STEPS = {
+    "each sample its own": {"sampler.kernel": "edm", "policy.per_sample_steps": True},
+    "in a window": {"sampler.window": (1, 3)},
+    "of a lora": {"sampler.kernel": "cps", "lora.rank": 2},
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", SOME_STEPS)
+def test_epochs_that_train_some_of_the_steps_are_on_policy(case):
+    """What metrics.jsonl says, of the first epoch and of one after an update."""
+    edits = SOME_STEPS[case] | {"policy.train_steps": 1, "train.inner_epochs": 2}
+    edits |= {"rewards.weights": {"brightness": 1.0}, "optimizer.lr": 1e-3}
+    program, state = make("flow_grpo", "bfloat16", 3.0, **edits)
+    assert_the_network_speaks(program, state)
+    tracker = PerPromptTracker.init(len(program.prompts), 16)
+    judge = {"brightness": lambda images, prompts: images.mean((1, 2, 3))}
+    moved = []
+    with RewardPool(judge, 2, 60.0, "error") as pool:
+        for epoch in range(2):
+            rest = (pool, tracker, Timer(), Preemption())
+            batch = collect(program, state, epoch, *rest)
+            assert batch is not None
+            assert len(batch.chunks[0].trajectory.log_prob) == 1  # of three or two
+            state, values = update_epoch(program, state, batch, epoch)
+            assert values["policy/ratio_max_deviation"] == 0.0
+            moved.append(values["policy/approx_kl"])  # of the second pass
+    assert min(moved) > 0.0
 
 
 # ---- the self-test at start-up
