@@ -18,6 +18,7 @@ from ddrl_jax.objectives.advantages import (
     PerPromptTracker,
     batch_normalized,
     clip_advantages,
+    combine,
     group_normalized,
 )
 from ddrl_jax.objectives.data import (
@@ -180,8 +181,7 @@ def make_advantages(config: Any):
     if config.policy.term in WEIGHTED:
         return _make_weights(config)
     weights, adv = dict(config.rewards.weights), config.advantages
-    groups, total_weight = config.prompts.per_epoch, sum(weights.values())
-    by_group = adv.kind == "group"
+    groups, by_group = config.prompts.per_epoch, adv.kind == "group"
 
     def normalized(rewards, group, valid):
         if adv.kind == "batch":
@@ -198,7 +198,7 @@ def make_advantages(config: Any):
             )
         else:
             each = {n: normalized(values[n], group, valid) for n in weights}
-            found = sum(w * each[n] for n, w in weights.items()) / total_weight
+            found = combine(each, weights)
         kind = config.policy.transform
         ids = group if by_group else None  # else a group may be a single sample
         found = reward_transform(found / config.policy.beta, kind, ids, valid, groups)

@@ -261,8 +261,8 @@ def combine(
             wanted="the same names, at least one weight other than 0",
             way_out="set rewards.weights",
         )
-    terms = [weights[name] / total * advantages[name] for name in sorted(advantages)]
-    return jnp.sum(jnp.stack(terms), axis=0).astype(jnp.float32)
+    summed = sum(weight * advantages[name] for name, weight in weights.items())
+    return jnp.asarray(summed / total, jnp.float32)
 
 
 def clip_advantages(
