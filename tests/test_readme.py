@@ -5,6 +5,7 @@ import importlib
 import json
 import pathlib
 import re
+import shlex
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +14,8 @@ import pytest
 
 from configs import base, smoke
 from ddrl_jax.check_config import check_config
+from ddrl_jax.command_line import PLACE, PLAN, parse
+from ddrl_jax.config_rules import check_keys, flatten
 from ddrl_jax.diffusion import kernels, schedules
 from ddrl_jax.errors import UserError
 from ddrl_jax.models import pipelines
@@ -22,6 +25,7 @@ from ddrl_jax.train import train
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 SNIPPETS = dict(re.findall(r"```python test=(\w+)\n(.*?)```", README, re.DOTALL))
+MODULES = sorted(path.stem for path in (ROOT / "configs").glob("*.py"))
 LINES = 30  # a snippet has fewer, blank ones included
 
 
@@ -204,6 +208,39 @@ def test_the_keys_it_names_exist():
     assert not unknown
 
 
+def _commands(text: str) -> list[list[str]]:
+    """The arguments of its commands `python -m ddrl_jax.main`, lines joined."""
+    lines = text.replace("\\\n", " ")
+    return [shlex.split(a) for a in re.findall(r"-m ddrl_jax\.main +([^`\n#]+)", lines)]
+
+
+@pytest.mark.parametrize(
+    "path", ["README.md", *(f"configs/{name}.py" for name in MODULES)]
+)
+def test_the_commands_it_shows_are_understood(path, monkeypatch):
+    """Each file, variant, flag and key is there, and each value one that fits."""
+    monkeypatch.chdir(ROOT)
+    commands = _commands((ROOT / path).read_text(encoding="utf-8"))
+    assert len(commands) >= 4 or path != "README.md"
+    for arguments in commands:
+        command = parse(["main", *arguments])
+        check_keys(command.config)
+
+
+def test_the_flags_it_names_exist():
+    """Those in the midst of a sentence too."""
+    flags = re.findall(r"--((?:config|plan|distributed)\.[\w.]*\w)", README)
+    keys = {f"config.{key}" for key in flatten(base.get_config())}
+    assert "config.train.microbatch" in flags
+    assert set(flags) <= keys | set(PLAN) | set(PLACE)
+
+
+def test_the_benchmarks_it_names_exist():
+    named = set(re.findall(r"-m benchmarks\.(\w+)", README))
+    assert len(named) > 4
+    assert named <= {path.stem for path in (ROOT / "benchmarks").glob("*.py")}
+
+
 def test_the_places_it_sends_a_new_name_to_exist():
     for table, where in (("REWARDS", registry), ("_KERNELS", kernels)):
         assert f"`{table}`" in README
@@ -215,10 +252,7 @@ def test_the_places_it_sends_a_new_name_to_exist():
 
 # ---- the headers of the configurations, to which --help sends a reader
 
-CONFIGS = {
-    path.stem: importlib.import_module(f"configs.{path.stem}")
-    for path in sorted((ROOT / "configs").glob("*.py"))
-}
+CONFIGS = {name: importlib.import_module(f"configs.{name}") for name in MODULES}
 
 
 def _header(name: str) -> str:
