@@ -1,6 +1,7 @@
 """The README and the headers are true: snippets run, and what is named exists."""
 
 import fnmatch
+import hashlib
 import importlib
 import json
 import pathlib
@@ -19,6 +20,7 @@ from ddrl_jax.config_rules import check_keys, flatten
 from ddrl_jax.diffusion import kernels, schedules
 from ddrl_jax.errors import UserError
 from ddrl_jax.models import pipelines
+from ddrl_jax.models.emoji import BASE
 from ddrl_jax.rewards import registry
 from ddrl_jax.train import train
 
@@ -172,6 +174,24 @@ def test_the_objective_starts_as_reinforce():
     loss, metrics = names["leashed"](far, names["log_prob"], names["advantages"], 10.0)
     np.testing.assert_allclose(metrics["approx_kl"], 0.5)
     np.testing.assert_allclose(loss, 5.0)  # the gains of +1 and -1 cancel
+
+
+def test_the_base_policy_it_describes_is_the_one_that_is_shipped():
+    """Size, weights and both rates: what is retrained has to be judged anew."""
+    assets = ROOT / "ddrl_jax" / "assets"
+    assert sum(p.stat().st_size for p in assets.rglob("*") if p.is_file()) <= 20e6
+    with np.load(BASE) as file:
+        leaves = [file[name] for name in file.files]
+    assert {leaf.dtype for leaf in leaves} == {np.dtype("float16")}
+    count = sum(leaf.size for leaf in leaves)
+    assert count <= 5e6 and f"{count / 1e6:.2f} M parameters" in README
+    judged = (ROOT / "benchmarks/results/base_policy.md").read_text(encoding="utf-8")
+    assert hashlib.sha256(BASE.read_bytes()).hexdigest()[:16] in judged
+    rates = dict(re.findall(r"^\| (\d) \| ([\d.]+) % \|", judged, re.MULTILINE))
+    assert float(rates["1"]) >= 50 and float(rates["3"]) >= 70
+    text = " ".join(README.split())
+    assert f"names {rates['3']} % of 512 such samples" in text
+    assert f"{rates['1']} % without guidance" in text
 
 
 def test_the_map_names_every_module_and_nothing_else():
