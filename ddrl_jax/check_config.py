@@ -14,6 +14,7 @@ from ddrl_jax.check_network import check_context, check_network
 from ddrl_jax.check_objective import check_objective
 from ddrl_jax.check_optimizer import check_optimizer, total_updates
 from ddrl_jax.config_rules import check_keys, near, require
+from ddrl_jax.data.picture_tfds import check_tfds
 from ddrl_jax.data.prompts import prompt_list
 from ddrl_jax.diffusion.kernels import KERNELS
 from ddrl_jax.diffusion.schedules import TRAIN_STEPS
@@ -198,6 +199,11 @@ def _check_files(config: Any) -> None:
         )
     if config.model.name == "stable_diffusion" and data.source != "none":
         spelt_out(data.cache, "--config.data.cache")  # before a model is loaded
+        if data.source == "samples":
+            check_tfds(data.path)
+        elif data.source == "tfds":
+            features = (data.image_feature, data.caption_feature)
+            check_tfds(data.path, data.split, *features, data.tfds_dir)
     if prompts.source != "data":
         prompt_list(prompts, (), config.seed)  # reads the file; checks its length
 
