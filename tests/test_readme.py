@@ -194,6 +194,39 @@ def test_the_base_policy_it_describes_is_the_one_that_is_shipped():
     assert f"{rates['1']} % without guidance" in text
 
 
+def _table(name: str) -> tuple[str, dict[str, list[str]]]:
+    """A page of benchmarks/results, and its rows by their first cells."""
+    page = (ROOT / "benchmarks/results" / f"{name}.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (.*) \|$", page, re.MULTILINE)
+    return page, {cells[0]: cells[1:] for cells in (row.split(" | ") for row in rows)}
+
+
+def test_the_seconds_it_gives_are_those_of_the_profile():
+    page, rows = _table("profile")
+    text = " ".join(README.split())
+    for stage in ("rollout", "update"):
+        seconds, share = rows[stage]
+        assert f"{stage} {float(seconds):.2f} s ({share})" in text
+    share = float(rows["rest"][1].split()[0])
+    assert share <= 5 and f"rest {rows['rest'][0]} s ({share} %" in text
+    cold, warm = rows["compiling, or reading the cache: seconds"]
+    assert f"takes {cold} s cold and {warm} s with the persistent cache" in text
+    assert "Recompilations after the first epoch: 0" in page
+
+
+def test_the_quickstart_it_describes_is_the_one_that_was_run():
+    page, rows = _table("quickstart")
+    seconds = int(re.search(r"(\d+) seconds from start to report", page)[1])
+    text = " ".join(README.split())
+    assert seconds <= 600 and f"{seconds / 60:.1f} minutes on two cores" in text
+    first, last = rows["0"], rows["60"]
+    assert f"{first[0]} to {last[0]} kB" in text
+    assert f"retrieval {first[1][:-2]} to {last[1]}" in text
+    rise = 100 * (float(last[2]) / float(first[2]) - 1)
+    assert f"held-out data loss {rise:+.0f} %" in text
+    assert f"{seconds} seconds on 2 CPU cores" in CONFIGS["quickstart"].__doc__
+
+
 def test_the_map_names_every_module_and_nothing_else():
     block = re.search(r"<!-- map -->\n```\n(.*?)```", README, re.DOTALL)
     assert block, "README.md has no map"
