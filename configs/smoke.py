@@ -66,5 +66,7 @@ def _shrink_run(c: ConfigDict) -> None:
     c.train.update(epochs=2, minibatches=min(c.train.minibatches, 2), microbatch=8)
     c.optimizer.warmup = 0
     c.evaluate.update(every=1, samples=8, steps=2, data_samples=8, pictures=4)
+    if c.evaluate.solver == "rollout":  # whose steps are the sampler's
+        c.evaluate.steps = c.sampler.steps
     c.checkpoint.every = 1
     c.sample.update(per_prompt=2, steps=2)

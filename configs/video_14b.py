@@ -49,6 +49,6 @@ def _shrink(c: ConfigDict) -> ConfigDict:
     c.policy.train_steps = 2
     c.train.update(epochs=2, microbatch=4)
     c.rewards.heldout = ()
-    c.evaluate.update(every=1, samples=4, steps=2, data_samples=0, pictures=4)
+    c.evaluate.update(every=1, samples=4, data_samples=0, pictures=4)
     c.checkpoint.every = 1
     return c

@@ -12,8 +12,9 @@ from typing import Any
 
 from ddrl_jax.check_network import check_context, check_network
 from ddrl_jax.check_objective import check_objective
-from ddrl_jax.check_optimizer import check_optimizer, total_updates
+from ddrl_jax.check_optimizer import check_optimizer
 from ddrl_jax.config_rules import check_keys, near, require
+from ddrl_jax.data.picture_tfds import check_tfds
 from ddrl_jax.data.prompts import prompt_list
 from ddrl_jax.diffusion.kernels import KERNELS
 from ddrl_jax.diffusion.schedules import TRAIN_STEPS
@@ -22,10 +23,6 @@ from ddrl_jax.file_tree import spelt_out
 from ddrl_jax.models.attention import IMPLEMENTATIONS
 from ddrl_jax.models.pipelines import PIPELINES, data_sources
 from ddrl_jax.rewards.registry import REWARDS
-from ddrl_jax.rewards.retrieval import SIZE
-from ddrl_jax.terms import WEIGHTED
-
-_CLIP_RANGE = 1e-4  # what configs/base.py has, which says that nobody chose one
 
 
 def check_config(config: Any, device_count: int, trains: bool = True) -> None:
@@ -198,6 +195,11 @@ def _check_files(config: Any) -> None:
         )
     if config.model.name == "stable_diffusion" and data.source != "none":
         spelt_out(data.cache, "--config.data.cache")  # before a model is loaded
+        if data.source == "samples":
+            check_tfds(data.path)
+        elif data.source == "tfds":
+            features = (data.image_feature, data.caption_feature)
+            check_tfds(data.path, data.split, *features, data.tfds_dir)
     if prompts.source != "data":
         prompt_list(prompts, (), config.seed)  # reads the file; checks its length
 
@@ -266,54 +268,6 @@ def _check_chunks(config: Any, shares: int) -> None:
         wanted=f"train.microbatch that divides {share}, or is larger",
         way_out=f"set train.microbatch to {math.gcd(share, train.microbatch)}",
     )
-
-
-def notes(config: Any) -> list[str]:
-    """What is allowed and may not be what was meant, a sentence each.
-
-    Args:
-      config: checked.
-    """
-    found, data = [], config.data
-    warmup, updates = config.optimizer.warmup, total_updates(config)
-    if config.optimizer.fresh:  # then it starts anew each epoch
-        updates //= config.train.epochs
-    if warmup >= updates:
-        found.append(
-            f"optimizer.warmup {warmup} is not over within {updates} updates: the rate "
-            "stays below optimizer.lr"
-        )
-    if config.model.name == "emoji" and config.model.image_size != SIZE:
-        found.append(
-            f"diversity/* is not measured: its judge reads pictures of {SIZE} pixels, "
-            f"and model.image_size is {config.model.image_size}"
-        )
-    stored = data.source not in ("emoji", "none") and data.heldout == 0
-    if stored and config.data_term.weight and config.evaluate.data_samples:
-        found.append(
-            "data/heldout_loss is that of the pictures trained on, with noise of its "
-            "own: data.heldout is 0"
-        )
-    return found + _without_effect(config)
-
-
-def _without_effect(config: Any) -> list[str]:
-    """Keys that were set and that nothing reads, but for those that are refused.
-
-    A file may set them for all its rows.
-    """
-    policy, advantages, found = config.policy, config.advantages, []
-    weighted = policy.term in WEIGHTED
-    if weighted and policy.clip_range != _CLIP_RANGE:
-        found.append(
-            f"policy.clip_range {policy.clip_range} has no effect: with policy.term "
-            f'"{policy.term}" there is no ratio to clip'
-        )
-    if advantages.std != "group" and (weighted or advantages.kind != "group"):
-        why = f'advantages.kind "{advantages.kind}"'
-        why = f'policy.term "{policy.term}"' if weighted else why
-        found.append(f'advantages.std "{advantages.std}" has no effect with {why}')
-    return found if policy.weight else []
 
 
 def _check_pictures(config: Any) -> None:

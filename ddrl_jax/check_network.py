@@ -25,9 +25,11 @@ def check_network(config: Any) -> None:
     if model.remat == "offload":
         check_offload()
     if model.name == "emoji":
-        _check_emoji(model, lora)
+        _check_emoji(model)
+        _check_rank(model, lora)
     elif model.name == "video_dit":
         check_video(model)
+        _check_rank(model, lora)
     elif model.name == "stable_diffusion":
         require(
             model.init != "random",
@@ -38,7 +40,17 @@ def check_network(config: Any) -> None:
         )
 
 
-def _check_emoji(model: Any, lora: Any) -> None:
+def _check_rank(model: Any, lora: Any) -> None:
+    require(
+        lora.rank <= model.width,
+        "lora.rank is larger than the matrices it factors",
+        got=f"rank {lora.rank}, model.width {model.width}",
+        wanted="rank <= width",
+        way_out="4 to 32 is usual; 0 trains all weights",
+    )
+
+
+def _check_emoji(model: Any) -> None:
     require(
         model.image_size > 0,
         "model.image_size is 0",
@@ -62,13 +74,6 @@ def _check_emoji(model: Any, lora: Any) -> None:
             wanted="an even number: sines and cosines, and windows of two patches",
             way_out=f"set model.{key} to {model[key] + 1}",
         )
-    require(
-        lora.rank <= model.width,
-        "lora.rank is larger than the matrices it factors",
-        got=f"rank {lora.rank}, model.width {model.width}",
-        wanted="rank <= width",
-        way_out="4 to 32 is usual; 0 trains all weights",
-    )
     if model.init not in ("assets", "random"):
         path = Path(model.init)
         require(

@@ -190,7 +190,7 @@ def _disk_problem(error: OSError) -> UserError | None:
 
 
 def _train(config: ConfigDict, workdir: str, *profile: tuple[int, int]) -> None:
-    from ddrl_jax.check_config import notes
+    from ddrl_jax.config_notes import notes
     from ddrl_jax.distributed import is_main
     from ddrl_jax.train import train
 

@@ -117,12 +117,13 @@ def build(config, judges: Mapping[str, Reward] | None = None) -> Program:
     captions = source.captions if source else ()
     prompts = prompt_list(config.prompts, captions, config.seed)
     _check_judges(config, pipeline, judges or {}, prompts)
+    # Before the weights: a prompt that can not be read is an error without a wait. And
+    # before its pictures: what a model does not know, it can not make samples of.
+    cond_table = _encoded(pipeline, prompts, mesh)
     records = _records_of(config, source, prompts)
     trained_on = source if config.data_term.weight > 0 else None
     objective = make_objective(config, pipeline, kernel, trained_on, mesh)
     tx = make_optimizer(config.optimizer, total_updates(config))
-    # Before the weights: a prompt that can not be read is an error without a wait.
-    cond_table = _encoded(pipeline, prompts, mesh)
     decode = _make_decode(pipeline, mesh)
     own = _own_captions(config, pipeline, source, mesh)
     weights = describe_weights(config, pipeline, tx, mesh)

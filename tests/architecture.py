@@ -46,6 +46,7 @@ PLUMBING += (
 MEASURES = ("flops", "chips", "profile")
 CHECKS = ("config_rules", "config_values", "check_config", "check_objective")
 CHECKS += ("check_network", "check_optimizer", "config_file", "command_line")
+CHECKS += ("config_notes",)
 PARTS = ("diffusion", "objectives", "models", "rewards", "data", "rollout", "learner")
 PARTS += ("terms",)
 RUN = (

@@ -83,6 +83,22 @@ def test_data_that_are_bad(file, content, word, refused, tmp_path):
     refused(word, "aesthetic.py:ddrl-smoke", *keys)
 
 
+@pytest.mark.parametrize(
+    ("keys", "word"),
+    [
+        (("data.source=tfds", "data.path="), "data.path is empty"),
+        (("data.source=tfds", "data.path=no_such_set"), "no_such_set"),
+        (("data.source=samples", "data.path=."), "can not be opened"),
+    ],
+)
+def test_a_data_set_that_is_not_there_is_told_before_a_model_is_built(
+    keys, word, refused, monkeypatch, tmp_path
+):
+    monkeypatch.setattr(train, "build", lambda *_: pytest.fail("a model was built"))
+    monkeypatch.chdir(tmp_path)
+    refused(word, "aesthetic.py:ddrl-smoke", *keys)
+
+
 def test_an_endpoint_that_does_not_answer(refused):
     with socket.create_server(("127.0.0.1", 0)) as listener:
         url = f"http://127.0.0.1:{listener.getsockname()[1]}/v1"

@@ -1,15 +1,21 @@
-"""Bad input seen by a real process: exit status, streams, and the real pipeline."""
+"""Bad input seen by a real process: exit status, streams, and the real pipeline.
+
+The last ones run in this process, to see that no weight was read.
+"""
 
 import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from one_message import check_message
 
 from ddrl_jax.checkpoint import Checkpoints
 from ddrl_jax.config_file import load_config
+from ddrl_jax.main import run
+from ddrl_jax.models import emoji
 from ddrl_jax.workdir import open_workdir
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -106,3 +112,43 @@ def test_a_reward_that_gives_no_number(value, word, tmp_path):
     # The evaluation before training judges too; its mean of anything is a number.
     before = REWARD.format(value)
     check_program(word, SMOKE, f"--workdir={tmp_path}", before=before)
+
+
+# ---- what is known once prompts, data and weights are looked at
+
+NO_JUDGE = ("rewards.heldout=()", "prompts.source=list", "prompts.limit=0")
+PICTURES = ("data_term.captions=own", "data.heldout=256")
+BUILT = {
+    "unknown word": ((*NO_JUDGE, "prompts.list=('red bannana',)"), "near: banana"),
+    "unknown to a judge": (
+        (*NO_JUDGE[1:], "prompts.list=('red bannana',)"),
+        "does not know a prompt",
+    ),
+    "too many words": ((*NO_JUDGE, f"prompts.list=('{7 * 'red '}',)"), "7 words"),
+    "no picture": ((*NO_JUDGE, "prompts.list=('red red',)"), "no picture in the data"),
+    "limit": (("prompts.limit=257",), "at most 256"),
+    "all held out": (PICTURES, "256 held out of 256 records"),
+    "no data set": (("data.source=samples", "data.path=."), "can not be read"),
+    "other width": (("model.width=96",), "belong to another model"),
+    "other heads": (("model.heads=4",), "model.heads=6"),
+    "weights of something else": (("model.init=other.npz",), "other.npz"),
+    "pictures no judge reads": (
+        ("model.init=random", "model.image_size=64"),
+        "can not read these pictures",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BUILT)
+def test_no_weight_is_read_before(case, monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(emoji, "read_params", lambda _: pytest.fail("weights are read"))
+    monkeypatch.setattr("ddrl_jax.train.run", lambda *_: pytest.fail("training began"))
+    monkeypatch.chdir(tmp_path)
+    np.savez("other.npz", x=np.zeros(3))
+    keys, word = BUILT[case]
+    flags = [f"--config.{key}" for key in keys]
+    config = f"--config={ROOT}/configs/quickstart.py"  # with the shipped weights
+    kept = jax.config.jax_compilation_cache_dir  # pyright: ignore
+    code = run(["main", config, "--workdir=w", *flags])
+    jax.config.update("jax_compilation_cache_dir", kept)
+    check_message(code, capsys.readouterr().err, word)

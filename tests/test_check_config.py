@@ -7,7 +7,7 @@ import pytest
 from edited_config import configured, refused, told_by_plan
 
 from configs.smoke import shrink
-from ddrl_jax.check_config import check_config, notes
+from ddrl_jax.check_config import check_config
 from ddrl_jax.config_file import load_config
 from ddrl_jax.errors import UserError
 
@@ -91,39 +91,6 @@ def test_keys_that_do_not_go_together(case):
     assert word in message
     check_config(configured(edits | remedy), 1)
     assert told_by_plan(edits) == ("" if case in FILES else message)
-
-
-def test_what_may_not_be_meant_is_noted():
-    def told(**edits):
-        return notes(configured({k.replace("__", "."): v for k, v in edits.items()}))
-
-    assert told(optimizer__warmup=59) == []  # 30 epochs of 2 updates
-    (warmup,) = told(optimizer__warmup=60)
-    assert "optimizer.warmup 60" in warmup and "60 updates" in warmup
-    (each,) = told(optimizer__warmup=2, optimizer__fresh=True)
-    assert "2 updates" in each
-    samples = {"data.source": "samples", "data_term.weight": 0.1}
-    (loss,) = notes(configured(samples))
-    assert "data/heldout_loss" in loss
-    assert notes(configured(samples | {"data.heldout": 2})) == []
-    assert notes(configured({"data_term.weight": 0.1})) == []  # emoji are drawn anew
-    (large,) = told(model__image_size=64)
-    assert "diversity" in large and "32" in large and "64" in large
-
-
-def test_keys_that_nothing_reads_are_noted():
-    def told(edits):
-        return notes(configured({"advantages.kind": "batch"} | edits))
-
-    rwr, clip = {"policy.term": "rwr"}, {"policy.clip_range": 1e-3}
-    assert told({}) == told(rwr) == told(clip) == []
-    (line,) = told(rwr | clip)
-    assert "policy.clip_range 0.001" in line
-    (line,) = told({"advantages.std": "none"})
-    assert 'advantages.std "none"' in line and '"batch"' in line
-    (line,) = told(rwr | {"advantages.std": "global", "advantages.kind": "group"})
-    assert 'advantages.std "global"' in line and '"rwr"' in line
-    assert told({"advantages.std": "none", "advantages.kind": "group"}) == []
 
 
 def test_a_logger_that_is_not_installed(monkeypatch):
@@ -230,6 +197,15 @@ def test_a_context_axis_divides_the_tokens_of_a_video():
     assert "set mesh.context to 16" in str(caught.value)
 
 
+def test_a_lora_of_the_video_network_fits_its_matrices():
+    config = load_config(f"{CONFIGS / 'video_14b'}.py:smoke")
+    config.lora.rank = config.model.width
+    check_config(config, 1)
+    config.lora.rank += 1
+    with pytest.raises(UserError, match="larger than the matrices it factors"):
+        check_config(config, 1)
+
+
 # ---- the experiments
 
 ROWS = {
@@ -245,10 +221,13 @@ ROWS = {
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
 @pytest.mark.parametrize("variant", ["", "smoke"])
-def test_an_experiment_passes_on_one_device_and_on_eight(name, variant, tmp_path):
+def test_an_experiment_passes_on_one_device_and_on_eight(
+    name, variant, tmp_path, monkeypatch
+):
     config = load_config(f"{CONFIGS / name}.py:{variant}")
-    if config.data.path:  # a folder that another command writes
+    if config.data.path:  # a data set that another command writes
         config.data.path = str(tmp_path)
+        monkeypatch.setattr("ddrl_jax.check_config.check_tfds", lambda path: None)
     for devices in (1, 8):
         check_config(config, devices)
     narrow = config.model.width == 32 or config.model.init == "assets"

@@ -1,10 +1,12 @@
 """The README and the headers are true: snippets run, and what is named exists."""
 
 import fnmatch
+import hashlib
 import importlib
 import json
 import pathlib
 import re
+import shlex
 
 import jax
 import jax.numpy as jnp
@@ -13,15 +15,19 @@ import pytest
 
 from configs import base, smoke
 from ddrl_jax.check_config import check_config
+from ddrl_jax.command_line import PLACE, PLAN, parse
+from ddrl_jax.config_rules import check_keys, flatten
 from ddrl_jax.diffusion import kernels, schedules
 from ddrl_jax.errors import UserError
 from ddrl_jax.models import pipelines
+from ddrl_jax.models.emoji import BASE
 from ddrl_jax.rewards import registry
 from ddrl_jax.train import train
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 SNIPPETS = dict(re.findall(r"```python test=(\w+)\n(.*?)```", README, re.DOTALL))
+MODULES = sorted(path.stem for path in (ROOT / "configs").glob("*.py"))
 LINES = 30  # a snippet has fewer, blank ones included
 
 
@@ -170,6 +176,57 @@ def test_the_objective_starts_as_reinforce():
     np.testing.assert_allclose(loss, 5.0)  # the gains of +1 and -1 cancel
 
 
+def test_the_base_policy_it_describes_is_the_one_that_is_shipped():
+    """Size, weights and both rates: what is retrained has to be judged anew."""
+    assets = ROOT / "ddrl_jax" / "assets"
+    assert sum(p.stat().st_size for p in assets.rglob("*") if p.is_file()) <= 20e6
+    with np.load(BASE) as file:
+        leaves = [file[name] for name in file.files]
+    assert {leaf.dtype for leaf in leaves} == {np.dtype("float16")}
+    count = sum(leaf.size for leaf in leaves)
+    assert count <= 5e6 and f"{count / 1e6:.2f} M parameters" in README
+    judged = (ROOT / "benchmarks/results/base_policy.md").read_text(encoding="utf-8")
+    assert hashlib.sha256(BASE.read_bytes()).hexdigest()[:16] in judged
+    rates = dict(re.findall(r"^\| (\d) \| ([\d.]+) % \|", judged, re.MULTILINE))
+    assert float(rates["1"]) >= 50 and float(rates["3"]) >= 70
+    text = " ".join(README.split())
+    assert f"names {rates['3']} % of 512 such samples" in text
+    assert f"{rates['1']} % without guidance" in text
+
+
+def _table(name: str) -> tuple[str, dict[str, list[str]]]:
+    """A page of benchmarks/results, and its rows by their first cells."""
+    page = (ROOT / "benchmarks/results" / f"{name}.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (.*) \|$", page, re.MULTILINE)
+    return page, {cells[0]: cells[1:] for cells in (row.split(" | ") for row in rows)}
+
+
+def test_the_seconds_it_gives_are_those_of_the_profile():
+    page, rows = _table("profile")
+    text = " ".join(README.split())
+    for stage in ("rollout", "update"):
+        seconds, share = rows[stage]
+        assert f"{stage} {float(seconds):.2f} s ({share})" in text
+    share = float(rows["rest"][1].split()[0])
+    assert share <= 5 and f"rest {rows['rest'][0]} s ({share} %" in text
+    cold, warm = rows["compiling, or reading the cache: seconds"]
+    assert f"takes {cold} s cold and {warm} s with the persistent cache" in text
+    assert "Recompilations after the first epoch: 0" in page
+
+
+def test_the_quickstart_it_describes_is_the_one_that_was_run():
+    page, rows = _table("quickstart")
+    seconds = int(re.search(r"(\d+) seconds from start to report", page)[1])
+    text = " ".join(README.split())
+    assert seconds <= 600 and f"{seconds / 60:.1f} minutes on two cores" in text
+    first, last = rows["0"], rows["60"]
+    assert f"{first[0]} to {last[0]} kB" in text
+    assert f"retrieval {first[1][:-2]} to {last[1]}" in text
+    rise = 100 * (float(last[2]) / float(first[2]) - 1)
+    assert f"held-out data loss {rise:+.0f} %" in text
+    assert f"{seconds} seconds on 2 CPU cores" in CONFIGS["quickstart"].__doc__
+
+
 def test_the_map_names_every_module_and_nothing_else():
     block = re.search(r"<!-- map -->\n```\n(.*?)```", README, re.DOTALL)
     assert block, "README.md has no map"
@@ -204,6 +261,39 @@ def test_the_keys_it_names_exist():
     assert not unknown
 
 
+def _commands(text: str) -> list[list[str]]:
+    """The arguments of its commands `python -m ddrl_jax.main`, lines joined."""
+    lines = text.replace("\\\n", " ")
+    return [shlex.split(a) for a in re.findall(r"-m ddrl_jax\.main +([^`\n#]+)", lines)]
+
+
+@pytest.mark.parametrize(
+    "path", ["README.md", *(f"configs/{name}.py" for name in MODULES)]
+)
+def test_the_commands_it_shows_are_understood(path, monkeypatch):
+    """Each file, variant, flag and key is there, and each value one that fits."""
+    monkeypatch.chdir(ROOT)
+    commands = _commands((ROOT / path).read_text(encoding="utf-8"))
+    assert len(commands) >= 4 or path != "README.md"
+    for arguments in commands:
+        command = parse(["main", *arguments])
+        check_keys(command.config)
+
+
+def test_the_flags_it_names_exist():
+    """Those in the midst of a sentence too."""
+    flags = re.findall(r"--((?:config|plan|distributed)\.[\w.]*\w)", README)
+    keys = {f"config.{key}" for key in flatten(base.get_config())}
+    assert "config.train.microbatch" in flags
+    assert set(flags) <= keys | set(PLAN) | set(PLACE)
+
+
+def test_the_benchmarks_it_names_exist():
+    named = set(re.findall(r"-m benchmarks\.(\w+)", README))
+    assert len(named) > 4
+    assert named <= {path.stem for path in (ROOT / "benchmarks").glob("*.py")}
+
+
 def test_the_places_it_sends_a_new_name_to_exist():
     for table, where in (("REWARDS", registry), ("_KERNELS", kernels)):
         assert f"`{table}`" in README
@@ -215,10 +305,7 @@ def test_the_places_it_sends_a_new_name_to_exist():
 
 # ---- the headers of the configurations, to which --help sends a reader
 
-CONFIGS = {
-    path.stem: importlib.import_module(f"configs.{path.stem}")
-    for path in sorted((ROOT / "configs").glob("*.py"))
-}
+CONFIGS = {name: importlib.import_module(f"configs.{name}") for name in MODULES}
 
 
 def _header(name: str) -> str:

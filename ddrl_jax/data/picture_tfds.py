@@ -75,6 +75,23 @@ def read_tfds(
     return make_pictures(data, rows, found, resolution, resample, on_bad)
 
 
+def check_tfds(
+    data: str,
+    split: str = "train",
+    image: str = "image",
+    caption: str = "caption",
+    data_dir: str = "",
+) -> None:
+    """Opens a data set and reads no record; arguments as `read_tfds`.
+
+    Raises:
+      UserError: no such data set, split or feature.
+    """
+    builder = _builder(data, data_dir)
+    _check_features(data, builder.info.features, image, caption)
+    _records(builder, data, split)
+
+
 def tfds_folder(data: str, data_dir: str = "") -> Path:
     """Where the files of a prepared TFDS data set lie; arguments as `read_tfds`.
 
@@ -89,15 +106,18 @@ def _builder(data: str, data_dir: str) -> Any:
     from tensorflow_datasets.core import read_only_builder
 
     try:
+        if not data:  # Path("") is where the program was started
+            raise ValueError("config.data.path is empty")
         if Path(data).is_dir():
             return tfds.builder_from_directory(data)
         # Never the code of the data set: that may need TensorFlow and downloads.
         kwargs = {"data_dir": data_dir} if data_dir else {}
         return read_only_builder.builder_from_files(data, **kwargs)
     except Exception as e:
+        why = str(e).partition("\n")[0]  # TFDS explains its names in a page of text
         raise UserError(
-            f"the TFDS data set {data!r} can not be opened ({type(e).__name__}: {e})",
-            got="a folder" if Path(data).is_dir() else f"no folder {data!r}",
+            f"the TFDS data set {data!r} can not be opened ({type(e).__name__}: {why})",
+            got="a folder" if data and Path(data).is_dir() else f"no folder {data!r}",
             wanted="the folder of a prepared data set (VERSION/dataset_info.json), or "
             "the name of one below --config.data.tfds_dir",
             way_out="prepare it once: tfds build NAME --file_format=array_record",

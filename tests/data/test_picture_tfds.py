@@ -7,7 +7,7 @@ import pytest
 import tensorflow_datasets as tfds
 from drawn_pictures import drawing, encoded
 
-from ddrl_jax.data.picture_tfds import read_tfds
+from ddrl_jax.data.picture_tfds import check_tfds, read_tfds
 from ddrl_jax.data.samples import write_samples
 from ddrl_jax.errors import UserError
 
@@ -139,14 +139,19 @@ def test_sixteen_bit_images_are_pictures_too(nested):
 def test_a_wrong_split_or_feature_names_its_key_and_what_there_is(pets, settings, word):
     with pytest.raises(UserError) as e:
         read_tfds(pets, 16, **settings)
+    with pytest.raises(UserError) as early:  # before a model is loaded
+        check_tfds(pets, **settings)
+    assert str(early.value) == str(e.value)
     assert word in e.value.way_out
     assert ("train" if "split" in settings else "caption (Text)") in str(e.value.got)
 
 
 def test_a_missing_set_tells_how_to_prepare_one(tmp_path):
-    for data in (str(tmp_path), str(tmp_path / "no"), "no_such_set"):
-        with pytest.raises(UserError, match="tfds build"):
-            read_tfds(data, 16, data_dir=str(tmp_path))
+    for data in (str(tmp_path), str(tmp_path / "no"), "no_such_set", ""):
+        with pytest.raises(UserError, match="tfds build") as e:
+            check_tfds(data, data_dir=str(tmp_path))
+        assert "\n" not in e.value.what
+    assert "data.path is empty" in e.value.what
 
 
 def test_a_damaged_set_is_an_error(data_dir, tmp_path):
