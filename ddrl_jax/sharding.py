@@ -172,26 +172,6 @@ def params_shardings(axes: Any, shapes: Params, mesh: Mesh, rules=RULES) -> Para
     return jax.tree.map(resolve, shapes, axes)
 
 
-def undivided(axes: Any, shapes: Params, mesh: Mesh, rules=RULES) -> list[str]:
-    """Returns the weights that the table wants split and that do not divide.
-
-    Returns:
-      Lines such as "words.kernel [315, 64]: vocab 315 over tensor 2".
-    """
-    names = jax.tree.leaves(axes, is_leaf=lambda a: isinstance(a, tuple))
-    found = []
-    for (path, leaf), axis in zip(
-        jax.tree.leaves_with_path(shapes), names, strict=True
-    ):
-        for name, size in zip(axis, leaf.shape, strict=False):
-            share = math.prod(mesh.shape[a] for a in rules.get(name, ()))
-            if size % share:
-                over = " x ".join(f"{a} {mesh.shape[a]}" for a in rules[name])
-                where = jax.tree_util.keystr(path, simple=True, separator=".")
-                found.append(f"{where} {list(leaf.shape)}: {name} {size} over {over}")
-    return found
-
-
 def replicated(mesh: Mesh) -> NamedSharding:
     """Every device holds the whole array."""
     return NamedSharding(mesh, P())

@@ -19,12 +19,13 @@ from ddrl_jax.interfaces import Params, Pipeline
 from ddrl_jax.learner import TrainState, init_state
 from ddrl_jax.sharding import (
     AXES,
+    RULES,
     Rules,
     params_shardings,
     put,
     replicated,
+    spec_for,
     table,
-    undivided,
     without,
 )
 
@@ -138,7 +139,7 @@ def describe_weights(
 
 
 def tell_undivided(weights: Weights) -> None:
-    """Names, on process 0, what is whole on every device because it does not divide.
+    """Names, on process 0, the weights that are not split as config.sharding has it.
 
     A run says it once: a plan describes more meshes than the one it is asked for.
 
@@ -152,11 +153,43 @@ def tell_undivided(weights: Weights) -> None:
         return
     more = f" and {len(found) - 3} more" if len(found) > 3 else ""
     print(
-        f"sharding: whole on every device, since they do not divide: "
+        "sharding: not split as config.sharding has it, as they do not divide: "
         f"{'; '.join(found[:3])}{more}",
         file=sys.stderr,
         flush=True,
     )
+
+
+def undivided(axes: Any, shapes: Params, mesh: Mesh, rules=RULES) -> list[str]:
+    """Returns the weights that the table wants split over axes that they do not get.
+
+    Returns:
+      Lines such as "words.kernel [315, 64]: vocab 315 over tensor 2", and "..., which
+      embed has" where an earlier axis of the weight is split over that one.
+    """
+    names = jax.tree.leaves(axes, is_leaf=lambda a: isinstance(a, tuple))
+    found = []
+    for (path, leaf), axis in zip(
+        jax.tree.leaves_with_path(shapes), names, strict=True
+    ):
+        where = jax.tree_util.keystr(path, simple=True, separator=".")
+        lines = _not_split(axis, leaf.shape, mesh, rules)
+        found += [f"{where} {list(leaf.shape)}: {line}" for line in lines]
+    return found
+
+
+def _not_split(axes: tuple, shape: tuple, mesh: Mesh, rules: Rules) -> list[str]:
+    spec, had, found = spec_for(axes, shape, mesh, rules), {}, []
+    for name, size, part in zip(axes, shape, spec, strict=False):
+        wanted = [a for a in rules.get(name, ()) if mesh.shape[a] > 1]
+        got = part if isinstance(part, tuple) else (part,)
+        if set(wanted) - set(got):
+            over = " x ".join(f"{a} {mesh.shape[a]}" for a in wanted)
+            taken = [had[a] for a in wanted if a in had]
+            why = f", which {taken[0]} has" if taken else ""
+            found.append(f"{name} {size} over {over}{why}")
+        had |= {a: name for a in got}
+    return found
 
 
 def _init(config: Any, pipeline: Pipeline, key: jax.Array) -> dict[str, Params]:

@@ -32,9 +32,9 @@ from ddrl_jax.sharding import (
     spec_for,
     table,
     to_host,
-    undivided,
     without,
 )
+from ddrl_jax.weights import undivided
 
 
 def mesh_of(data=1, fsdp=1, tensor=1, context=1):
@@ -215,6 +215,11 @@ def test_what_does_not_divide_is_named():
     axes = {"a": {"kernel": ("embed", "mlp")}, "b": ("embed", "mlp", None)}
     assert undivided(axes, shapes, mesh) == ["b [4, 5, 7]: mlp 5 over tensor 2"]
     assert undivided(axes, shapes, mesh_of(fsdp=2)) == []
+    twice = RULES | {"embed": ("fsdp", "tensor")}  # of a weight, the first axis has it
+    line = "mlp {} over tensor 2, which embed has"
+    wanted = [f"a.kernel [4, 6]: {line.format(6)}", f"b [4, 5, 7]: {line.format(5)}"]
+    assert undivided(axes, shapes, mesh, twice) == wanted
+    assert undivided(axes, shapes, mesh_of(fsdp=2), twice) == []
 
 
 @pytest.mark.slow
