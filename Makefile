@@ -10,8 +10,17 @@ COMMANDS := $(basename $(notdir $(shell grep -l __main__ benchmarks/*.py)))
 BENCH ?= $(filter-out $(LONG_BENCHES),$(COMMANDS))
 VENV := .venv
 BIN := $(VENV)/bin
+# What is installed says the name of a stamp, .installed-test+gpu. One that has all the
+# extras asked for will do: without a network nothing could be installed again.
 comma := ,
-STAMP := $(VENV)/.installed-$(subst $(comma),-,$(EXTRAS))
+STAMPS := $(wildcard $(VENV)/.installed-*)
+extras = $(subst +, ,$(1:$(VENV)/.installed-%=%))
+lacking = $(filter-out $(call extras,$(1)),$(subst $(comma), ,$(EXTRAS)))
+FITTING := $(foreach stamp,$(STAMPS),$(if $(call lacking,$(stamp)),,$(stamp)))
+NEW := $(VENV)/.installed-$(subst $(comma),+,$(EXTRAS))
+STAMP := $(firstword $(FITTING) $(NEW))
+empty :=
+INSTALL = $(subst $(empty) $(empty),$(comma),$(strip $(call extras,$@)))
 # An interpreter that was asked for by name is the one that is used: another one's
 # environment is made anew.
 ifneq ($(origin PYTHON),file)
@@ -44,7 +53,7 @@ $(STAMP): setup.py
 	  echo "wanted:  Python 3.11 or later"; \
 	  echo "way out: make PYTHON=/path/to/python3.11 $(MAKECMDGOALS)"; exit 1; }
 	$(PYTHON) -m venv $(CLEAR) $(VENV)
-	$(BIN)/python -m pip install --disable-pip-version-check -q -e ".[$(EXTRAS)]"
+	$(BIN)/python -m pip install --disable-pip-version-check -q -e ".[$(INSTALL)]"
 	@touch $@
 
 setup: $(STAMP)
