@@ -44,8 +44,8 @@ def get_config(variant: str = "") -> ConfigDict:
     c.policy.update(weight=policy, kl_weight=kl)
     c.data_term.weight = data
 
-    # From here on the same for all arms. The unanchored one has collapsed in a trial by
-    # epoch 18: 66 are more than three and a half times the calls that collapse it.
+    # From here on the same for all arms. The unanchored one has collapsed by epoch
+    # 18: 66 are more than three and a half times the calls that collapse it.
     c.train.epochs = 66
     c.prompts.update(limit=64, per_epoch=8, group_size=8)
     c.sampler.update(kernel="flow_grpo", steps=10, noise_level=0.7)
