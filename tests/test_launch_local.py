@@ -91,6 +91,11 @@ def test_a_process_that_ends_while_its_signal_is_handed_on_has_its_own_status(tm
     assert told == "told 0\n" and child.returncode == 0
 
 
+def obey_interrupts() -> None:
+    """Of a job in the background, as this may be, a shell could not trap them."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 # What a terminal does: INT to all of the group. A second one would mean "do not save".
 NOTES_SIGNALS = f"""#!{sys.executable} -SE
 import signal, sys, time
@@ -117,6 +122,7 @@ def test_an_interrupt_of_the_group_reaches_each_process_once(tmp_path):
         stdout=subprocess.PIPE,
         text=True,
         start_new_session=True,
+        preexec_fn=obey_interrupts,
     ) as child:
         assert [child.stdout.readline() for _ in range(2)] == ["ready\n"] * 2
         time.sleep(0.5)  # the launcher sets its traps when all are started

@@ -104,7 +104,7 @@ def test_the_command_names_once_what_does_not_divide(monkeypatch, capsys):
     plan.plan_mode(config, flags)
     told = capsys.readouterr()
     assert "suggestion: " in told.out
-    assert told.err.count("whole on every device") == 1
+    assert told.err.count("not split as config.sharding has it") == 1
     assert "mlp 66 over tensor 4" in told.err
 
 

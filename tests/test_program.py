@@ -337,5 +337,5 @@ def test_more_texts_than_a_device_holds(monkeypatch):
 def test_a_run_names_what_does_not_divide(capsys):
     tiny_program({"mesh.data": 1, "mesh.tensor": 8, "model.heads": 8})
     told = capsys.readouterr().err
-    assert told.count("whole on every device") == 1
+    assert told.count("not split as config.sharding has it") == 1
     assert "vocab 316 over tensor 8" in told
