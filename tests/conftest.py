@@ -32,6 +32,7 @@ import pytest  # noqa: E402
 # A setting of this process and not a flag in the environment: a program that a test
 # starts is to see one device, as on a laptop.
 jax.config.update("jax_num_cpu_devices", 8)
+jax.devices()  # at once: --mode=plan gives a process without devices those of its mesh
 
 STRICT = {"diffusion", "objectives"}  # folders of tests/ held to exact ranks and types
 _connect = socket.socket.connect
