@@ -91,9 +91,12 @@ def test_a_process_that_ends_while_its_signal_is_handed_on_has_its_own_status(tm
     assert told == "told 0\n" and child.returncode == 0
 
 
-def obey_interrupts() -> None:
-    """Of a job in the background, as this may be, a shell could not trap them."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+# Of a job in the background, as this may be, a shell could not trap them.
+OBEY_INTERRUPTS = """
+import os, signal, sys
+signal.signal(signal.SIGINT, signal.SIG_DFL)
+os.execv(sys.argv[1], sys.argv[1:])
+"""
 
 
 # What a terminal does: INT to all of the group. A second one would mean "do not save".
@@ -116,13 +119,13 @@ def test_an_interrupt_of_the_group_reaches_each_process_once(tmp_path):
     stand_in = tmp_path / "python"
     stand_in.write_text(NOTES_SIGNALS)
     stand_in.chmod(0o755)
+    launcher = str(ROOT / "launch" / "local_processes.sh")
     with subprocess.Popen(
-        [ROOT / "launch" / "local_processes.sh", "2", "1", "--", "x"],
+        [sys.executable, "-c", OBEY_INTERRUPTS, launcher, "2", "1", "--", "x"],
         env=os.environ | {"PYTHON": str(stand_in), "PORT": "1"},
         stdout=subprocess.PIPE,
         text=True,
         start_new_session=True,
-        preexec_fn=obey_interrupts,
     ) as child:
         assert [child.stdout.readline() for _ in range(2)] == ["ready\n"] * 2
         time.sleep(0.5)  # the launcher sets its traps when all are started
